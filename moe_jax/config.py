@@ -1,0 +1,450 @@
+"""The typed configuration tree and its validation.
+
+An experiment is a file with `get_config()` that returns a `Config`. Where there is a
+choice of method, the class of a sub-config picks the implementation, so that an
+option of one method cannot be set on another. Those classes live beside the code
+that they configure and derive from the bases here; this module imports none of them
+and needs no JAX.
+
+`validate` runs after all command line overrides and before any device work. It
+collects every problem of the tree in one error.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.errors import UserError, nearest
+
+_DTYPES = ("float32", "bfloat16", "float64")
+node = dataclasses.dataclass(slots=True, kw_only=True)
+
+
+class Node:
+    """Base of every config class."""
+
+    __slots__ = ()
+
+    def problems(self, path: str, root: "Config") -> Iterator[str]:
+        """Yields one message a problem: path and value, the rule, the mend."""
+        return iter(())
+
+
+class ModelConfig(Node):
+    """Base of the model families (`models/`)."""
+
+    __slots__ = ()
+
+
+class FeedForwardConfig(Node):
+    """Base of a block's feed-forward: dense or MoE."""
+
+    __slots__ = ()
+
+
+class ScorerConfig(Node):
+    """Base of the scorers (`moe/scorers/`)."""
+
+    __slots__ = ()
+
+
+class SelectorConfig(Node):
+    """Base of the selectors (`moe/selectors/`)."""
+
+    __slots__ = ()
+
+
+class DispatchConfig(Node):
+    """Base of the dispatches (`moe/dispatch/`)."""
+
+    __slots__ = ()
+
+
+class ExpertsConfig(Node):
+    """Base of the expert kinds (`moe/experts/`)."""
+
+    __slots__ = ()
+
+
+class ObjectiveConfig(Node):
+    """Base of the objectives (`objectives/`)."""
+
+    __slots__ = ()
+
+
+class SourceConfig(Node):
+    """Base of the data sources (`data/sources/`)."""
+
+    __slots__ = ()
+
+
+class TokenizerConfig(Node):
+    """Base of the tokenizers (`data/tokenizers.py`)."""
+
+    __slots__ = ()
+
+
+class OptimizerConfig(Node):
+    """Base of the optimizers (`train/optimizers.py`)."""
+
+    __slots__ = ()
+
+
+class ScheduleConfig(Node):
+    """Base of the learning rate schedules (`train/schedules.py`)."""
+
+    __slots__ = ()
+
+
+@node
+class MeshConfig(Node):
+    """Sizes of the mesh axes; their product is the number of devices.
+
+    Attributes:
+      data: batch split, parameters replicated; -1 takes the devices that remain. The
+        only axis that may span slices.
+      fsdp: batch split, parameters sharded and gathered where they are used.
+      expert: experts split over devices; also splits the batch.
+      context: sequence split.
+      tensor: heads, feed-forward width and vocabulary split.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes with -1 filled in for `num_devices` devices."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if sizes["data"] == -1:
+            rest = math.prod(v for k, v in sizes.items() if k != "data")
+            sizes["data"] = max(1, num_devices // rest)
+        return sizes
+
+    def fixed_devices(self) -> int:
+        """Devices this mesh needs at least: `data=-1` counts as one."""
+        return math.prod(abs(getattr(self, f.name)) for f in dataclasses.fields(self))
+
+    def problems(self, path, root):
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size < 1 and not (field.name == "data" and size == -1):
+                extra = " or -1 (all that remain)" if field.name == "data" else ""
+                yield f"{path}.{field.name}={size}: must be at least 1{extra}"
+
+
+@node
+class DataConfig(Node):
+    """Where text comes from and how it becomes rows of tokens.
+
+    Attributes:
+      source: which documents.
+      tokenizer: bytes to token ids.
+      sequence_length: tokens per row, S.
+      folder: where prepared datasets and token files are cached.
+      validation_fraction: share of documents held out, chosen by a hash of the path;
+        must be 0 for a source that names a validation split of its own.
+      prefetch: rows read ahead, in batches.
+      workers: processes that tokenise; 0 uses all cores.
+    """
+
+    source: SourceConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    sequence_length: int = 256
+    folder: str = "~/.cache/moe_jax"
+    validation_fraction: float = 0.05
+    prefetch: int = 4
+    workers: int = 0
+
+    def problems(self, path, root):
+        if self.source is None:
+            yield f"{path}.source is not set: choose one of moe_jax.data.sources"
+        if self.tokenizer is None:
+            yield f"{path}.tokenizer is not set: Bytes() needs no file"
+        if self.sequence_length < 2:
+            yield f"{path}.sequence_length={self.sequence_length}: must be at least 2"
+        if not 0 <= self.validation_fraction < 1:
+            yield (
+                f"{path}.validation_fraction={self.validation_fraction}: "
+                "must lie in [0, 1)"
+            )
+        for name in ("prefetch", "workers"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+
+
+@node
+class TrainConfig(Node):
+    """The loop.
+
+    Attributes:
+      steps: optimizer steps.
+      batch_size: sequences per optimizer step, over all devices and hosts.
+      accumulation: micro-batches per optimizer step; divides `batch_size`.
+      ema_decay: decay of the average of parameters; 0 keeps none.
+      nan_policy: "skip" leaves the state as it was and counts; "stop" ends the run.
+      max_skipped: with "skip", consecutive bad steps after which the run ends.
+      warm_start: workdir of another run whose parameters to begin from.
+      watchdog_secs: a step (not the first, which compiles) that takes longer ends
+        the process with a message; 0 turns it off.
+      compilation_cache: folder of JAX's persistent cache; "" turns it off.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation: int = 1
+    ema_decay: float = 0.0
+    nan_policy: str = "skip"
+    max_skipped: int = 20
+    warm_start: str = ""
+    watchdog_secs: float = 600.0
+    compilation_cache: str = "~/.cache/moe_jax/compiled"
+
+    def problems(self, path, root):
+        if self.steps < 1:
+            yield f"{path}.steps={self.steps}: must be at least 1"
+        if self.batch_size < 1:
+            yield f"{path}.batch_size={self.batch_size}: must be at least 1"
+        if self.accumulation < 1 or self.batch_size % max(1, self.accumulation):
+            yield (
+                f"{path}.batch_size={self.batch_size} is not divisible by "
+                f"{path}.accumulation={self.accumulation}; it takes one of "
+                f"{divisors(self.batch_size)}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            yield f"{path}.ema_decay={self.ema_decay}: must lie in [0, 1)"
+        if self.nan_policy not in ("skip", "stop"):
+            yield f"{path}.nan_policy={self.nan_policy!r}: must be 'skip' or 'stop'"
+        if self.max_skipped < 1:
+            yield f"{path}.max_skipped={self.max_skipped}: must be at least 1"
+        if self.watchdog_secs < 0:
+            yield f"{path}.watchdog_secs={self.watchdog_secs}: must not be negative"
+
+
+@node
+class EvalConfig(Node):
+    """Held-out evaluation.
+
+    Attributes:
+      every: steps between evaluations; 0 evaluates only at the end.
+      max_batches: batches per evaluation while training; 0 takes all. The one at the
+        end always takes all.
+      baselines: compare with gzip and an order-2 byte model at the end.
+      samples: texts printed at the end.
+      sample_tokens: new tokens in each.
+      prompt: what they begin with.
+    """
+
+    every: int = 0
+    max_batches: int = 0
+    baselines: bool = False
+    samples: int = 0
+    sample_tokens: int = 200
+    prompt: str = ""
+
+    def problems(self, path, root):
+        for name in ("every", "max_batches", "samples", "sample_tokens"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+
+
+@node
+class CheckpointConfig(Node):
+    """What is saved when.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep_last: newest checkpoints kept.
+      keep_every: a checkpoint at a multiple of this many steps is kept for good;
+        0 keeps none.
+    """
+
+    every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def problems(self, path, root):
+        for name, least in (("every", 1), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                yield f"{path}.{name}={getattr(self, name)}: must be at least {least}"
+        if self.keep_every and self.keep_every % max(1, self.every):
+            yield (
+                f"{path}.keep_every={self.keep_every} is not a multiple of "
+                f"{path}.every={self.every}: those steps are never saved"
+            )
+
+
+@node
+class LogConfig(Node):
+    """What the user sees while training.
+
+    Attributes:
+      every: steps between lines on the console (metrics.jsonl has every step).
+      tensorboard: write TensorBoard event files.
+    """
+
+    every: int = 20
+    tensorboard: bool = True
+
+    def problems(self, path, root):
+        if self.every < 1:
+            yield f"{path}.every={self.every}: must be at least 1"
+
+
+@node
+class Config(Node):
+    """One experiment."""
+
+    seed: int = 0
+    model: ModelConfig | None = None
+    objective: ObjectiveConfig | None = None
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig | None = None
+    schedule: ScheduleConfig | None = None
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def problems(self, path, root):
+        for name in ("model", "objective", "optimizer", "schedule"):
+            if getattr(self, name) is None:
+                yield f"{path}.{name} is not set"
+        if not 0 <= self.seed < 2**31:
+            yield f"{path}.seed={self.seed}: must lie in [0, 2**31)"
+        shards = self.mesh.fsdp * self.mesh.expert * max(1, self.mesh.data)
+        micro = self.train.batch_size // max(1, self.train.accumulation)
+        if shards > 0 and micro % shards:
+            yield (
+                f"{path}.train.batch_size / accumulation = {micro} is not divisible "
+                f"by data * fsdp * expert = {shards} of {path}.mesh; set batch_size "
+                f"to a multiple of {shards * max(1, self.train.accumulation)}"
+            )
+        if self.mesh.context > 0 and self.data.sequence_length % self.mesh.context:
+            yield (
+                f"{path}.data.sequence_length={self.data.sequence_length} is not "
+                f"divisible by {path}.mesh.context={self.mesh.context}; context takes "
+                f"one of {divisors(self.data.sequence_length)}"
+            )
+
+
+def divisors(n: int, most: int = 12) -> list[int]:
+    """The divisors of n, at most `most` of them, for messages."""
+    found = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
+    return found[:most]
+
+
+def dtype_problems(owner: Node, path: str, *names: str) -> Iterator[str]:
+    """Problems of the fields `names` that hold a floating point type's name."""
+    for name in names:
+        value = getattr(owner, name)
+        if value not in _DTYPES:
+            yield f"{path}.{name}={value!r}: must be one of {list(_DTYPES)}"
+
+
+def children(value: Node, path: str) -> Iterator[tuple[str, Node]]:
+    """The sub-configs of `value` with their paths, those in tuples too."""
+    for field in dataclasses.fields(value):
+        child = getattr(value, field.name)
+        items = child if isinstance(child, tuple) else (child,)
+        for i, item in enumerate(items):
+            if isinstance(item, Node):
+                index = f"[{i}]" if isinstance(child, tuple) else ""
+                yield f"{path}.{field.name}{index}", item
+
+
+def all_problems(value: Node, path: str, root: Config) -> Iterator[str]:
+    """Problems of a config and of everything below it."""
+    yield from value.problems(path, root)
+    for child_path, child in children(value, path):
+        yield from all_problems(child, child_path, root)
+
+
+def validate(config: Config, path: str = "config") -> Config:
+    """Checks every rule of the tree.
+
+    Raises:
+      UserError: one message that lists all problems with flag path and mend.
+    """
+    found = list(all_problems(config, path, config))
+    if found:
+        head = f"{len(found)} problem{'s' * (len(found) > 1)} in the config:"
+        raise UserError("\n".join([head, *(f"  --{p}" for p in found)]))
+    return config
+
+
+def to_dict(value: Any) -> Any:
+    """A config as JSON-ready data; `class` names the class of each sub-config."""
+    if isinstance(value, Node):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"class": name} | {k: to_dict(v) for k, v in fields.items()}
+    if isinstance(value, tuple):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def _class_named(name: str) -> type[Node]:
+    module, _, attribute = name.rpartition(".")
+    if module.split(".")[0] != "moe_jax":
+        raise UserError(f"config class {name!r}: only classes of moe_jax are loaded")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"config class {name!r} is not known here: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Node)):
+        raise UserError(f"config class {name!r} is not a config class")
+    return found
+
+
+def from_dict(data: Any) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      UserError: unknown class or field (the nearest name is offered).
+    """
+    if isinstance(data, list):
+        return tuple(from_dict(v) for v in data)
+    if not isinstance(data, dict):
+        return data
+    if "class" not in data:
+        raise UserError(f"a config object without 'class': {sorted(data)[:5]}")
+    cls = _class_named(data["class"])
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key != "class" and key not in names:
+            raise UserError(
+                f"{data['class']} has no field {key!r}{nearest(key, names)}"
+            )
+    return cls(**{k: from_dict(v) for k, v in data.items() if k != "class"})
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Raises UserError where the text is not a config."""
+    try:
+        config = from_dict(json.loads(text))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"not a saved config: {error}") from None
+    if not isinstance(config, Config):
+        raise UserError("not a saved config: the outermost object is no Config")
+    return config
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """Lines `path: old -> new` for every leaf that differs."""
+    if isinstance(old, Node) and type(old) is type(new):
+        names = [f.name for f in dataclasses.fields(old)]
+        pairs = ((n, getattr(old, n), getattr(new, n)) for n in names)
+        return [line for n, a, b in pairs for line in differences(a, b, f"{path}.{n}")]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+

@@ -1,0 +1,197 @@
+"""From a config to batches: the one entry to this folder."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.data import documents, packing, sources, token_file, tokenizers
+from moe_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def prepare(config: config_lib.Config) -> "TextData":
+    """Makes the token files of `config.data`, or opens those that are there.
+
+    Any number of processes may call this at once, on one host or on several that
+    share `data.folder`.
+
+    Raises:
+      UserError: no text, no tokenizer, no space, or less text than one row.
+    """
+    data = config.data
+    tokenizer = tokenizers.make_tokenizer(data.tokenizer)
+    source = sources.load(data)
+    folder = Path(data.folder).expanduser() / "tokens"
+    manifest, files = token_file.open_or_build(folder, source, data, tokenizer)
+    return TextData(source, tokenizer, manifest, files, data.sequence_length)
+
+
+class TextData:
+    """Tokenised text as rows and batches.
+
+    A batch has `tokens`, `targets`, `positions` and `segments`, int32 (b, S), and
+    `weights`, float32 (b, S), with b the part of the batch of this process;
+    `packing.make_row` says what they hold.
+
+    Attributes:
+      tokenizer: see `tokenizers`.
+      manifest: what the token files hold, JSON-ready.
+      content_hash: of all tokens and where documents begin.
+      vocab_size: number of token ids.
+      sequence_length: S.
+    """
+
+    def __init__(
+        self,
+        source: documents.Documents,
+        tokenizer: tokenizers.Tokenizer,
+        manifest: dict[str, Any],
+        files: dict[str, token_file.TokenFile],
+        sequence_length: int,
+    ):
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.content_hash = _content_hash(manifest)
+        self.vocab_size = tokenizer.vocab_size
+        self.sequence_length = sequence_length
+        self._source = source
+        self._files = files
+        num_tokens = self.tokens_in("train")
+        if num_tokens < sequence_length:
+            raise UserError(
+                f"data.sequence_length={sequence_length}: the training text has "
+                f"{num_tokens} tokens, less than one row; set it to at most "
+                f"{num_tokens} or add text"
+            )
+
+    def num_rows(self, split: str) -> int:
+        """Rows of the split; the last, partial one counts for validation only."""
+        count = packing.num_full_rows if split == "train" else packing.num_rows
+        return count(self.tokens_in(split), self.sequence_length)
+
+    def bytes_in(self, split: str) -> int:
+        """Bytes of text in the split, before tokenising."""
+        return self.manifest["splits"][split]["bytes"]
+
+    def tokens_in(self, split: str) -> int:
+        """Tokens in the split, with begins and ends of documents."""
+        return self.manifest["splits"][split]["tokens"]
+
+    def documents(self, split: str) -> Iterator[bytes]:
+        """The text of the split, read from the source again."""
+        return (text for _, text in self._source.split(split))
+
+    def row(self, split: str, number: int) -> Batch:
+        """Row `number` of the split, arrays (S,); past the last it is padding."""
+        files = self._files[split]
+        return packing.make_row(
+            files.tokens, files.offsets, number, self.sequence_length
+        )
+
+    def train_batches(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 4,
+    ) -> Iterator[Batch]:
+        """This process's part of the batches of `num_steps` steps from `start_step`.
+
+        All rows in an order drawn from `seed`, then all in another one, and so on:
+        the stream's elements [s*B, (s+1)*B) are step s. Processes take parts side by
+        side, so that their parts joined are the same batch for any number of them.
+        Starting at a later step costs nothing.
+
+        Args:
+          batch_size: rows in the batch of all processes, B.
+          seed: of the order, in [0, 2**32).
+          start_step: the first step to give.
+          num_steps: how many steps to give.
+          process_index: of this process.
+          process_count: of all.
+          prefetch: batches read ahead in a thread; 0 reads in the caller's.
+
+        Raises:
+          UserError: `batch_size` is not divisible by `process_count`.
+        """
+        first, count = _part(batch_size, process_index, process_count)
+        num_rows = self.num_rows("train")
+        order = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+
+        def batch(step: int) -> Batch:
+            begin = step * batch_size + first
+            numbers = [order[i] for i in range(begin, begin + count)]
+            return packing.stack([self.row("train", number) for number in numbers])
+
+        steps = grain.MapDataset.range(start_step, start_step + num_steps).map(batch)
+        # A row is a slice of a mapped file: more threads than one only contend.
+        options = grain.ReadOptions(
+            num_threads=min(1, prefetch), prefetch_buffer_size=prefetch
+        )
+        return iter(steps.to_iter_dataset(options))
+
+    def eval_batches(
+        self,
+        *,
+        batch_size: int,
+        max_batches: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[Batch]:
+        """This process's part of the held-out batches, in order of the text.
+
+        The last batch is filled up with rows in which nothing counts, so that all
+        processes see equally many batches of one shape. Without held-out text there
+        are none.
+
+        Args:
+          batch_size: rows in the batch of all processes.
+          max_batches: how many to give at most; 0 gives all.
+          process_index: of this process.
+          process_count: of all.
+
+        Raises:
+          UserError: `batch_size` is not divisible by `process_count`.
+        """
+        first, count = _part(batch_size, process_index, process_count)
+        num_batches = -(-self.num_rows("validation") // batch_size)
+        if max_batches:
+            num_batches = min(num_batches, max_batches)
+
+        def batch(number: int) -> Batch:
+            begin = number * batch_size + first
+            rows = range(begin, begin + count)
+            return packing.stack([self.row("validation", row) for row in rows])
+
+        return map(batch, range(num_batches))
+
+
+def _part(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
+    """First row and number of rows of a process in every batch."""
+    if batch_size < 1 or batch_size % process_count:
+        multiple = process_count * max(1, round(batch_size / process_count))
+        raise UserError(
+            f"train.batch_size={batch_size} is not divisible by the {process_count} "
+            f"processes; set it to a multiple of {process_count} such as {multiple}"
+        )
+    count = batch_size // process_count
+    return process_index * count, count
+
+
+def _content_hash(manifest: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for split in documents.SPLITS:
+        for kind in ("tokens", "offsets"):
+            entry = manifest["splits"][split]["files"][kind]
+            digest.update(bytes.fromhex(entry["sha256"]))
+    return digest.hexdigest()

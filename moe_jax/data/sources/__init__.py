@@ -1,0 +1,29 @@
+"""The data sources: one file each, chosen by the class of `config.data.source`."""
+
+from pathlib import Path
+
+from moe_jax import config as config_lib
+from moe_jax.data import documents
+from moe_jax.data.sources import python_source, text_files, tfds_text
+from moe_jax.data.sources.python_source import PythonSource
+from moe_jax.data.sources.text_files import TextFiles
+from moe_jax.data.sources.tfds_text import TfdsText
+
+__all__ = ["SOURCES", "PythonSource", "TextFiles", "TfdsText", "load"]
+
+# Each takes (source config, validation_fraction, cache folder).
+SOURCES = {
+    PythonSource: python_source.load,
+    TextFiles: text_files.load,
+    TfdsText: tfds_text.load,
+}
+
+
+def load(data: config_lib.DataConfig) -> documents.Documents:
+    """The documents that the config names.
+
+    Raises:
+      UserError: they are not there or cannot be read.
+    """
+    folder = Path(data.folder).expanduser()
+    return SOURCES[type(data.source)](data.source, data.validation_fraction, folder)

@@ -1,0 +1,289 @@
+"""Flat files of tokens, made once for a source and a tokenizer.
+
+A folder holds for each split the joined documents and where each begins, and a
+manifest. It is filled under another name and put in its place by one rename, so that
+it is there whole or not at all, whenever the process ends.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.data import documents, locking, tokenizers, workers
+from moe_jax.errors import UserError
+
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_CHUNK_BYTES = 4 << 20
+_PIECE_BYTES = 16 << 20
+_log = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """A prepared folder is not what its manifest says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """One split.
+
+    Attributes:
+      tokens: the joined documents (N,), uint16 or uint32.
+      offsets: int64 (documents + 1,), where each begins; the last is N.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def open_or_build(
+    folder: Path,
+    source: documents.Documents,
+    data: config_lib.DataConfig,
+    tokenizer: tokenizers.Tokenizer,
+) -> tuple[dict[str, Any], dict[str, TokenFile]]:
+    """The manifest and the splits; tokenises where they are not there yet.
+
+    Several processes may call this at once: one works and the others wait.
+
+    Args:
+      folder: of all token files.
+      source: the documents.
+      data: `data.tokenizer` made `tokenizer`.
+      tokenizer: gives the ids.
+
+    Raises:
+      UserError: no text, text that the tokenizer does not take, a full disk, or a
+        folder that cannot be written.
+    """
+    key = {
+        "format_version": FORMAT_VERSION,
+        "source": source.identity,
+        "tokenizer": tokenizer.describe(),
+        "validation_fraction": data.validation_fraction,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = folder / digest[:16]
+    # Without the lock first, for a cache that others prepared and may only be read.
+    # A rename put the folder there, so no one sees it half written.
+    with contextlib.suppress(FileNotFoundError, DamagedError):
+        return read(path)
+    with locking.exclusive(folder / f"{path.name}.lock"):
+        for leftover in folder.glob(f"{path.name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            return read(path)
+        except FileNotFoundError:
+            pass
+        except DamagedError as error:
+            _log.warning("%s is damaged (%s) and is made again", path, error)
+        _build(path, key, source, data, tokenizer)
+        return read(path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, TokenFile]]:
+    """Opens a prepared folder; reads the manifest and the sizes of the files.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      DamagedError: it is not what its manifest says.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise DamagedError(f"format version {manifest['format_version']!r}")
+        splits = {
+            name: _open_split(path, manifest["splits"][name], manifest["dtype"])
+            for name in documents.SPLITS
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{type(error).__name__}: {error}") from None
+    return manifest, splits
+
+
+def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
+    files = {
+        kind: _checked(path, split["files"][kind]) for kind in ("tokens", "offsets")
+    }
+    if dtype not in ("uint16", "uint32"):
+        raise DamagedError(f"dtype {dtype!r}")
+    tokens = np.zeros(0, dtype)
+    if split["tokens"]:  # an empty file cannot be mapped
+        tokens = np.memmap(files["tokens"], dtype, mode="r")
+    offsets = np.load(files["offsets"], mmap_mode="r", allow_pickle=False)
+    if offsets.dtype != np.int64 or offsets.shape != (split["documents"] + 1,):
+        raise DamagedError(f"{files['offsets'].name} has another shape")
+    if not offsets[-1] == len(tokens) == split["tokens"]:
+        raise DamagedError(f"{files['tokens'].name} has another number of tokens")
+    return TokenFile(tokens, offsets)
+
+
+def _checked(path: Path, entry: dict[str, Any]) -> Path:
+    name = entry["name"]
+    if not name or name != os.path.basename(name) or name in (".", ".."):
+        raise DamagedError(f"file name {name!r}")
+    size = (path / name).stat().st_size
+    if size != entry["size_bytes"]:
+        raise DamagedError(f"{name} has {size} bytes, not {entry['size_bytes']}")
+    return path / name
+
+
+def _build(path, key, source, data, tokenizer) -> None:
+    """Fills a temporary folder beside `path` and renames it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        _write(temporary, key, source, data, tokenizer)
+        if path.exists():  # the damaged one; a folder cannot be renamed onto it
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"data.folder: no space left in {str(path.parent)!r} ({free} bytes are "
+                "free) for the token files; free some or set --config.data.folder"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, key, source, data, tokenizer) -> None:
+    dtype = workers.token_dtype(tokenizer.vocab_size)
+    _log.info("tokenizing into %s", folder.parent)
+    splits = {}
+    for name in documents.SPLITS:
+        chunks = _chunks(_pieces(source.split(name)))
+        parts = workers.tokenize_all(data.tokenizer, tokenizer, chunks, data.workers)
+        with contextlib.closing(parts):
+            splits[name] = _write_split(folder, name, dtype, parts)
+        if name == "train" and not splits[name]["tokens"]:
+            raise UserError(
+                f"data.source={data.source}: there is no text to train on; every "
+                "document is empty or held out (data.validation_fraction="
+                f"{data.validation_fraction})"
+            )
+    manifest = key | {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "splits": splits,
+    }
+    with (folder / _MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=2)
+        _flush(file)
+    _sync(folder)
+    for name, split in splits.items():
+        counts = {k: split[k] for k in ("documents", "tokens", "bytes")}
+        _log.info("%s: %s", name, counts)
+
+
+def _write_split(
+    folder: Path, name: str, dtype: np.dtype, parts: Iterable[workers.Tokens]
+) -> dict[str, Any]:
+    """Writes one split and returns its entry of the manifest."""
+    lengths = _DocumentLengths()
+    num_bytes = 0
+    digest = hashlib.sha256()
+    tokens_path = folder / f"{name}.tokens"
+    with tokens_path.open("wb") as file:
+        for part in parts:
+            content = np.ascontiguousarray(part.tokens, dtype).tobytes()
+            digest.update(content)
+            file.write(content)
+            lengths.add(part)
+            num_bytes += part.num_bytes
+        _flush(file)
+    offsets = lengths.offsets()
+    offsets_path = folder / f"{name}.offsets.npy"
+    with offsets_path.open("wb") as file:
+        np.save(file, offsets)
+        _flush(file)
+    offsets_digest = hashlib.sha256(offsets_path.read_bytes()).hexdigest()
+    return {
+        "documents": len(offsets) - 1,
+        "tokens": int(offsets[-1]),
+        "bytes": num_bytes,
+        "files": {
+            "tokens": _entry(tokens_path, digest.hexdigest()),
+            "offsets": _entry(offsets_path, offsets_digest),
+        },
+    }
+
+
+class _DocumentLengths:
+    """Adds up the lengths of pieces to those of documents."""
+
+    def __init__(self):
+        self._begun = 0  # tokens of a document whose end is in a later part
+        self._lengths = []
+
+    def add(self, part: workers.Tokens) -> None:
+        sums = np.cumsum(part.lengths)
+        ends = sums[part.ends]
+        if len(ends):
+            lengths = np.diff(ends, prepend=0)
+            lengths[0] += self._begun
+            # Rows count documents by where they begin: none may be empty.
+            self._lengths.append(lengths[lengths > 0])
+            self._begun = 0
+        self._begun += int(sums[-1] - (ends[-1] if len(ends) else 0))
+
+    def offsets(self) -> np.ndarray:
+        return np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))
+
+
+def _pieces(found: Iterable[tuple[str, bytes]]) -> Iterator[workers.Piece]:
+    """Documents, long ones cut at line ends so that memory stays bounded."""
+    for name, text in found:
+        start = 0
+        while start < len(text):
+            stop = min(start + _PIECE_BYTES, len(text))
+            if stop < len(text):
+                stop = documents.cut_before(text, stop, start + 1)
+            yield workers.Piece(name, text[start:stop], start, stop == len(text))
+            start = stop
+
+
+def _chunks(pieces: Iterable[workers.Piece]) -> Iterator[list[workers.Piece]]:
+    chunk, size = [], 0
+    for piece in pieces:
+        chunk.append(piece)
+        size += len(piece.text)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _entry(path: Path, sha256: str) -> dict[str, Any]:
+    return {"name": path.name, "size_bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,8 @@ the nearest key. `config_flags` alone shows a stack trace for most of them.
 
 import contextlib
 import dataclasses
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -25,8 +27,8 @@ from moe_jax.errors import UserError, nearest
 def load(argument: str) -> Config:
     """The config that `FILE` or `FILE:VARIANT` returns.
 
-    The folder above the file's own is importable while it loads, so that
-    `from configs import quickstart` finds its sibling from any working directory.
+    The file's folder is importable by its name, so that `from configs import
+    quickstart` finds the sibling from any working directory.
 
     Raises:
       UserError: no such file, an error inside it, or it returns no config.
@@ -38,7 +40,7 @@ def load(argument: str) -> Config:
     if not os.path.isfile(path):
         raise UserError(f"{shown}: no such file{_nearest_file(path)}")
     path = os.path.abspath(path)
-    with _importable(os.path.dirname(os.path.dirname(path))):
+    with _importable(os.path.dirname(path)):
         try:
             module = _execute(path)
         except UserError:
@@ -68,15 +70,37 @@ def _nearest_file(path: str) -> str:
     return nearest(os.path.basename(path), names)
 
 
+class _Siblings(importlib.abc.MetaPathFinder):
+    """Answers for one package: the folder of the config file."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def find_spec(self, name, path=None, target=None):
+        parent, own_name = os.path.split(self._folder)
+        if path is not None or name != own_name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, [parent])
+        if spec is not None and spec.loader is None:
+            # Without this, namespace folders of that name elsewhere join in.
+            spec.submodule_search_locations = [self._folder]
+        return spec
+
+
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
     # First, so that a `configs` folder elsewhere on the path does not answer for
-    # this one; and only while loading.
-    sys.path.insert(0, folder)
+    # this one. The folder above goes last: at the front, a file in it could hide a
+    # module of the standard library.
+    above = os.path.dirname(folder)
+    if above not in sys.path:
+        sys.path.append(above)
+    finder = _Siblings(folder)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        sys.meta_path.remove(finder)
 
 
 def _execute(path: str) -> ModuleType:

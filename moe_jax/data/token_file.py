@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -211,10 +212,13 @@ def _write_split(
         _flush(file)
     offsets = lengths.offsets()
     offsets_path = folder / f"{name}.offsets.npy"
+    # Through memory: np.save to a file hides the error number of a full disk.
+    buffer = io.BytesIO()
+    np.save(buffer, offsets)
     with offsets_path.open("wb") as file:
-        np.save(file, offsets)
+        file.write(buffer.getbuffer())
         _flush(file)
-    offsets_digest = hashlib.sha256(offsets_path.read_bytes()).hexdigest()
+    offsets_digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     return {
         "documents": len(offsets) - 1,
         "tokens": int(offsets[-1]),

@@ -46,10 +46,12 @@ class PythonSource(tfds.core.GeneratorBasedBuilder):
             (path for path, _ in examples), self._validation_fraction
         )
         pairs = list(zip(examples, held_out, strict=True))
-        return {
-            "train": self._generate_examples(e for e, held in pairs if not held),
-            "validation": self._generate_examples(e for e, held in pairs if held),
+        parts = {
+            "train": [example for example, held in pairs if not held],
+            "validation": [example for example, held in pairs if held],
         }
+        # TFDS writes no empty split.
+        return {k: self._generate_examples(v) for k, v in parts.items() if v}
 
     def _generate_examples(self, examples) -> Iterator[tuple[int, dict]]:
         for number, (path, text) in enumerate(examples):
@@ -63,4 +65,4 @@ def prepared(folder: Path, validation_fraction: float, split: str) -> Sequence[d
     # TFDS prints that it downloads, which it does not here.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
-    return builder.as_data_source(split)
+    return builder.as_data_source(split) if split in builder.info.splits else []

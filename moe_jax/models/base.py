@@ -1,0 +1,65 @@
+"""What every model family offers to objectives, the step, and generation."""
+
+from typing import Any, Protocol
+
+import jax
+
+from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
+from moe_jax.nn.module import Params
+from moe_jax.tree import struct
+
+RouterState = dict[str, Any]
+
+
+@struct
+class TokenInputs:
+    """A batch of packed text.
+
+    Attributes:
+      tokens: (B, S) int32.
+      positions: (B, S) int32, restart at 0 with each document.
+      segments: (B, S) int32, document of the row; 0 is padding.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+class Model(Protocol):
+    """A model is code and static facts; weights are passed in.
+
+    Attributes:
+      axes: tree of logical axes, like the parameters.
+    """
+
+    axes: Params
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, a nested dict of arrays."""
+
+    def init_router_state(self) -> RouterState:
+        """What routers learn without gradients, a nested dict of arrays."""
+
+    def update_router_state(
+        self, state: RouterState, observations: dict[str, Any]
+    ) -> RouterState:
+        """The state after an optimizer step."""
+
+    def apply(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: Any,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
+        """Hidden states, observations like the router state, MoE aux over L."""
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Hidden states to the model's outputs."""
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of a training step per token (forward and backward)."""

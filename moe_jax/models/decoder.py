@@ -1,0 +1,467 @@
+"""Decoder-only language model: pre-norm blocks, dense or MoE, scanned by segment."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.models.base import RouterState, TokenInputs
+from moe_jax.moe import balance
+from moe_jax.moe.layer import MoE, MoELayer
+from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
+from moe_jax.moe.scorers import SCORERS
+from moe_jax.nn import attention, embedding, feedforward, module, norms
+from moe_jax.nn.attention import KVCache
+from moe_jax.nn.module import Params
+from moe_jax.parallel import rules
+from moe_jax.tree import named_leaves
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@config.node
+class Decoder(config.ModelConfig):
+    """A decoder-only transformer.
+
+    Attributes:
+      vocab_size: V; at least the tokenizer's.
+      num_layers: blocks.
+      d_model: D.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; 0: as many as query heads.
+      head_dim: 0: d_model / num_heads.
+      feed_forward: dense, or MoE in some or all blocks.
+      qk_norm: RMS-normalise queries and keys per head.
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: of all norms.
+      tie_embeddings: one matrix for input and output.
+      init_std: deviation of the initial weights; the projections back to the
+        residual stream get it divided by sqrt(2 * num_layers) (GPT-2).
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      remat: what the backward pass recomputes: one of `REMAT_POLICIES`.
+    """
+
+    vocab_size: int = 258
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    feed_forward: config.FeedForwardConfig = dataclasses.field(default_factory=MoE)
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    remat: str = "full"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    def problems(self, path, root):
+        least = {"vocab_size": 2, "num_layers": 1, "d_model": 1, "num_heads": 1}
+        small = [n for n, size in least.items() if getattr(self, n) < size]
+        for name in small:
+            yield f"{path}.{name}={getattr(self, name)}: must be at least {least[name]}"
+        if small or self.num_kv_heads < 0 or self.head_dim < 0:
+            if not small:
+                yield f"{path}: num_kv_heads and head_dim must not be negative"
+            return
+        if not self.head_dim and self.d_model % self.num_heads:
+            yield (
+                f"{path}.d_model={self.d_model} is not divisible by "
+                f"{path}.num_heads={self.num_heads}; num_heads takes one of "
+                f"{config.divisors(self.d_model)}, or set head_dim"
+            )
+        if self.width_per_head % 2:
+            yield (
+                f"{path}.head_dim={self.width_per_head} is odd: rotary positions turn "
+                "pairs; set an even one"
+            )
+        if self.num_heads % self.kv_heads:
+            yield (
+                f"{path}.num_heads={self.num_heads} is not divisible by "
+                f"{path}.num_kv_heads={self.kv_heads}; it takes one of "
+                f"{config.divisors(self.num_heads)}"
+            )
+        if self.remat not in REMAT_POLICIES:
+            yield f"{path}.remat={self.remat!r}: must be one of {list(REMAT_POLICIES)}"
+        yield from config.dtype_problems(self, path, "dtype", "param_dtype")
+        yield from self._moe_problems(path)
+        yield from self._mesh_problems(path, root.mesh)
+
+    def _moe_problems(self, path):
+        options = self.feed_forward
+        if isinstance(options, MoE) and options.first_dense >= self.num_layers:
+            yield (
+                f"{path}.feed_forward.first_dense={options.first_dense} leaves no "
+                f"block for experts: {path}.num_layers={self.num_layers}"
+            )
+
+    def _mesh_problems(self, path, mesh):
+        wide = mesh.fsdp * mesh.expert
+        for name, size, parts, axis in (
+            ("d_model", self.d_model, wide, "mesh.fsdp * mesh.expert"),
+            ("vocab_size", self.vocab_size, mesh.tensor, "mesh.tensor"),
+            ("num_heads", self.num_heads, mesh.tensor, "mesh.tensor"),
+            ("num_kv_heads", self.kv_heads, mesh.tensor, "mesh.tensor"),
+        ):
+            if parts > 0 and size % parts:
+                yield (
+                    f"{path}.{name}={size} is not divisible by config.{axis}={parts}; "
+                    f"the next that is: {-(-size // parts) * parts}"
+                )
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, options: Decoder, is_moe: bool, *, rngs: nnx.Rngs):
+        out_std = options.init_std / math.sqrt(2 * options.num_layers)
+        shared = dict(std=options.init_std, out_std=out_std, dtype=options.param_dtype)
+        norm = dict(eps=options.norm_eps, dtype=options.param_dtype, rngs=rngs)
+        self.is_moe = is_moe
+        self.attention_norm = norms.RMSNorm(options.d_model, **norm)
+        self.attention = attention.Attention(
+            options.d_model,
+            options.num_heads,
+            options.kv_heads,
+            options.width_per_head,
+            qk_norm=options.qk_norm,
+            rope_theta=options.rope_theta,
+            norm_eps=options.norm_eps,
+            rngs=rngs,
+            **shared,
+        )
+        self.feed_forward_norm = norms.RMSNorm(options.d_model, **norm)
+        ff = options.feed_forward
+        if is_moe:
+            self.moe = MoELayer(options.d_model, ff, rngs=rngs, **shared)
+        else:
+            if isinstance(ff, MoE):
+                ff = feedforward.Dense(d_ff=ff.dense_d_ff)
+            self.feed_forward = feedforward.FeedForward(
+                options.d_model, ff, rngs=rngs, **shared
+            )
+
+    def __call__(
+        self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
+    ):
+        """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
+        attended, cache = self.attention(
+            self.attention_norm(x), inputs.positions, inputs.segments, cache, start
+        )
+        x = rules.constrain(x + attended, "batch", "sequence", None)
+        normed, aux = self.feed_forward_norm(x), None
+        if self.is_moe:
+            y, carry, aux = self.moe(
+                normed,
+                router_state=state,
+                valid=inputs.segments > 0,
+                token_ids=inputs.tokens,
+                positions=inputs.positions,
+                segments=inputs.segments,
+                carry=carry,
+                key=key,
+                mode=mode,
+                override=override,
+            )
+        else:
+            y = self.feed_forward(normed)
+        return rules.constrain(x + y, "batch", "sequence", None), carry, cache, aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of blocks that repeats: one scan.
+
+    Attributes:
+      moe: for each block of the pattern, whether it is MoE.
+      repeats: times the pattern occurs.
+      first_layer: index of its first block in the model.
+      first_moe: number of MoE blocks below.
+    """
+
+    moe: tuple[bool, ...]
+    repeats: int
+    first_layer: int
+    first_moe: int
+
+
+def segments_of(options: Decoder) -> tuple[Segment, ...]:
+    """Cuts the blocks into runs of one repeating pattern each."""
+    ff, total = options.feed_forward, options.num_layers
+    if not isinstance(ff, MoE):
+        return (Segment((False,), total, 0, 0),)
+    repeats, rest = divmod(total - ff.first_dense, ff.every)
+    pattern = (False,) * (ff.every - 1) + (True,)
+    runs = [((False,), ff.first_dense), (pattern, repeats), ((False,), rest)]
+    found, layer, moe_layer = [], 0, 0
+    for moe, count in runs:
+        if count:
+            found.append(Segment(moe, count, layer, moe_layer))
+            layer += len(moe) * count
+            moe_layer += sum(moe) * count
+    return tuple(found)
+
+
+class DecoderModel:
+    """The decoder's code; see `models.base.Model` for the contract."""
+
+    def __init__(self, options: Decoder):
+        self.options = options
+        self.segments = segments_of(options)
+        self.num_moe_layers = sum(sum(s.moe) * s.repeats for s in self.segments)
+        self._block = {
+            is_moe: module.Template(lambda rngs, m=is_moe: Block(options, m, rngs=rngs))
+            for is_moe in {m for s in self.segments for m in s.moe}
+        }
+        self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
+        self.axes = dict(self._outer.axes)
+        for name, seg in self._named_segments():
+            self.axes[name] = {
+                block: module.stacked_axes(self._block[is_moe].axes)
+                for block, is_moe in _named_blocks(seg)
+            }
+
+    def _named_segments(self):
+        return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]
+
+    def init(self, key: jax.Array) -> Params:
+        outer_key, key = jax.random.split(key)
+        params = dict(self._outer.init(outer_key))
+        for name, seg in self._named_segments():
+            params[name] = {}
+            for block, is_moe in _named_blocks(seg):
+                key, block_key = jax.random.split(key)
+                template = self._block[is_moe]
+                params[name][block] = template.init_stacked(block_key, seg.repeats)
+        return params
+
+    def _moe_blocks(self):
+        for name, seg in self._named_segments():
+            for block, is_moe in _named_blocks(seg):
+                if is_moe:
+                    yield name, block, seg
+
+    def init_router_state(self) -> RouterState:
+        state: RouterState = {}
+        for name, block, seg in self._moe_blocks():
+            ff = self.options.feed_forward
+            one = balance.init_state(ff.balance, ff.num_experts)
+            stack = lambda a, n=seg.repeats: jnp.broadcast_to(a, (n, *a.shape))
+            state.setdefault(name, {})[block] = jax.tree.map(stack, one)
+        return state
+
+    def update_router_state(
+        self, state: RouterState, observations: dict[str, Any]
+    ) -> RouterState:
+        new: RouterState = {}
+        for name, block, _ in self._moe_blocks():
+            new.setdefault(name, {})[block] = balance.update(
+                self.options.feed_forward.balance,
+                state[name][block],
+                observations[name][block],
+            )
+        return new
+
+    def apply(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: TokenInputs,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
+        """See `Model.apply`; arrays of `override` are stacked on the MoE layers."""
+        hidden, _, observations, aux = self._run(
+            params, router_state, inputs, None, 0, key, mode, override
+        )
+        return hidden, observations, aux
+
+    def init_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """An empty KV cache for `batch` texts of at most `length` tokens."""
+        options = self.options
+        shape = (batch, length, options.kv_heads, options.width_per_head)
+        cache: dict[str, Any] = {}
+        for name, seg in self._named_segments():
+            zeros = jnp.zeros((seg.repeats, *shape), options.dtype)
+            cache[name] = {
+                block: KVCache(keys=zeros, values=zeros)
+                for block, _ in _named_blocks(seg)
+            }
+        return cache
+
+    def decode(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: TokenInputs,
+        cache: dict[str, Any],
+        start: jax.Array,
+        *,
+        mode: Mode,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Hidden states of new tokens after those in the cache, and the new cache."""
+        hidden, cache, _, _ = self._run(
+            params, router_state, inputs, cache, start, None, mode, None
+        )
+        return hidden, cache
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """(B, S, D) -> (B, S, V), float32 or wider."""
+        names = self._outer.axes
+        outer = self._outer.bind({name: params[name] for name in names})
+        return outer.logits(hidden)
+
+    def _run(self, params, router_state, inputs, cache, start, key, mode, override):
+        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        x = outer.embed(inputs.tokens).astype(self.options.dtype)
+        x = rules.constrain(x, "batch", "sequence", None)
+        carry, new_cache, observations, auxes = None, {}, {}, []
+        for name, seg in self._named_segments():
+            layers = dict(
+                params=params[name],
+                state=router_state.get(name, {}),
+                cache=None if cache is None else cache[name],
+                override=_slice_override(override, seg),
+                repeat=jnp.arange(seg.repeats),
+            )
+            if carry is None and any(seg.moe):
+                carry = self._first_carry(x)
+            (x, carry), (new_cache[name], aux) = self._scan(
+                seg, layers, x, carry, inputs, start, key, mode
+            )
+            if aux:
+                observations[name] = {b: a.observation for b, a in aux.items()}
+                auxes.append(_interleave(list(aux.values())))
+        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
+        return x, new_cache, observations, aux
+
+    def _first_carry(self, x):
+        options = self.options.feed_forward.scorer
+        return SCORERS[type(options)].init_carry(options, x.shape[0] * x.shape[1])
+
+    def _scan(self, seg, layers, x, carry, inputs, start, key, mode):
+        """Runs a segment; outputs are stacked over its repeats."""
+
+        def body(state, layer):
+            x, carry = state
+            caches, auxes = {}, {}
+            for i, (name, is_moe) in enumerate(_named_blocks(seg)):
+                index = seg.first_layer + layer["repeat"] * len(seg.moe) + i
+                block = self._block[is_moe].bind(layer["params"][name])
+                x, carry, caches[name], aux = block(
+                    x,
+                    inputs,
+                    layer["state"].get(name),
+                    carry,
+                    layer["cache"] and layer["cache"][name],
+                    start,
+                    None if key is None else jax.random.fold_in(key, index),
+                    mode,
+                    layer["override"] and layer["override"].get(name),
+                )
+                if is_moe:
+                    auxes[name] = aux
+            return (x, carry), (caches, auxes)
+
+        policy = REMAT_POLICIES[self.options.remat]
+        if mode.train and policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.lax.scan(body, (x, carry), layers)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """6 per active matrix weight, and causal attention (halved), both per token."""
+        options = self.options
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        active = 0.0
+        for name, leaf in named_leaves(shapes).items():
+            if "/experts/" in name:
+                ff = options.feed_forward
+                active += leaf.size * getattr(ff.selector, "top_k", 1) / ff.num_experts
+            elif name != "embedding" or options.tie_embeddings:
+                active += leaf.size
+        heads = options.num_layers * options.num_heads * options.width_per_head
+        return 6 * active + 6 * heads * sequence_length
+
+
+class Outer(nnx.Module):
+    """What stands outside the blocks: embedding, last norm, output matrix."""
+
+    def __init__(self, options: Decoder, *, rngs: nnx.Rngs):
+        vocab, d_model = options.vocab_size, options.d_model
+        dtype = options.param_dtype
+        self.embedding = module.param(
+            rngs,
+            (vocab, d_model),
+            ("vocab", "embed"),
+            std=options.init_std,
+            dtype=dtype,
+        )
+        self.norm = norms.RMSNorm(d_model, eps=options.norm_eps, dtype=dtype, rngs=rngs)
+        self.tied = options.tie_embeddings
+        if not options.tie_embeddings:
+            self.output = module.param(
+                rngs,
+                (d_model, vocab),
+                ("embed", "vocab"),
+                std=options.init_std,
+                dtype=dtype,
+            )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return embedding.lookup(self.embedding[...], tokens)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        hidden = self.norm(hidden)
+        w = self.embedding[...].T if self.tied else self.output[...]
+        wide = module.accumulation_dtype(hidden.dtype)
+        return jnp.matmul(hidden, w.astype(hidden.dtype), preferred_element_type=wide)
+
+
+def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:
+    return [(f"block_{i}", is_moe) for i, is_moe in enumerate(seg.moe)]
+
+
+def _interleave(auxes: list[MoEAux]) -> MoEAux:
+    """Aux of a pattern's MoE blocks, each (R, ...), in layer order (R * n, ...)."""
+
+    def join(*leaves):
+        joined = jnp.stack(leaves, axis=1)
+        return joined.reshape(-1, *joined.shape[2:])
+
+    return jax.tree.map(join, *auxes)
+
+
+def _slice_override(override: Override | None, seg: Segment):
+    """The part of an override stacked on MoE layers that a segment's scan takes."""
+    if override is None or not any(seg.moe):
+        return None
+    per_repeat = sum(seg.moe)
+    names = [name for name, is_moe in _named_blocks(seg) if is_moe]
+
+    def part(i):
+        first = seg.first_moe + i
+        last = seg.first_moe + seg.repeats * per_repeat
+        return jax.tree.map(lambda a: a[first:last:per_repeat], override)
+
+    return {name: part(i) for i, name in enumerate(names)}

@@ -1,0 +1,299 @@
+"""The MoE layer: score, select, dispatch to experts, combine; beside it shared experts.
+
+Scoring, selection and balance run in the global view; one `jax.shard_map` holds the
+dispatch and the experts. Without a mesh (`jax.set_mesh`) the same code runs on the
+tokens at hand, so the layer can be used in any model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from moe_jax import config
+from moe_jax.moe import balance, health
+from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch import DISPATCHES
+from moe_jax.moe.dispatch.buckets import Exact
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, total
+from moe_jax.moe.experts import EXPERTS
+from moe_jax.moe.experts.feed_forward import ExpertFeedForward
+from moe_jax.moe.routing import (
+    TRAIN,
+    Array,
+    Assignments,
+    DispatchStats,
+    Mode,
+    MoEAux,
+    Override,
+    Routing,
+    Tokens,
+)
+from moe_jax.moe.scorers import SCORERS
+from moe_jax.moe.scorers.linear import Linear
+from moe_jax.moe.selectors import SELECTORS
+from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.nn import feedforward
+from moe_jax.parallel import mesh, rules
+
+
+@config.node
+class MoE(config.FeedForwardConfig):
+    """Mixture-of-Experts feed-forwards in some or all blocks.
+
+    Attributes:
+      num_experts: E, routed experts.
+      experts: their kind and width.
+      shared_d_ff: width of the shared experts together, on every token; 0: none.
+      scorer: tokens to logits.
+      selector: logits to a routing.
+      balance: losses and bias.
+      dispatch: how rows reach their experts.
+      first_dense: blocks at the bottom that stay dense.
+      every: of the blocks above, each n-th (the last of n) is MoE.
+      dense_d_ff: width of the dense blocks; needed where there are any.
+    """
+
+    num_experts: int = 8
+    experts: config.ExpertsConfig = dataclasses.field(default_factory=ExpertFeedForward)
+    shared_d_ff: int = 0
+    scorer: config.ScorerConfig = dataclasses.field(default_factory=Linear)
+    selector: config.SelectorConfig = dataclasses.field(default_factory=TopK)
+    balance: Balance = dataclasses.field(default_factory=Balance)
+    dispatch: config.DispatchConfig = dataclasses.field(default_factory=Exact)
+    first_dense: int = 0
+    every: int = 1
+    dense_d_ff: int = 0
+
+    def problems(self, path, root):
+        for name, least in (
+            ("num_experts", 1),
+            ("shared_d_ff", 0),
+            ("first_dense", 0),
+            ("every", 1),
+        ):
+            if getattr(self, name) < least:
+                yield f"{path}.{name}={getattr(self, name)}: must be at least {least}"
+        top_k = getattr(self.selector, "top_k", 1)
+        if top_k > self.num_experts:
+            yield (
+                f"{path}.selector.top_k={top_k} is more than "
+                f"{path}.num_experts={self.num_experts}"
+            )
+        if root.mesh.expert > 0 and self.num_experts % root.mesh.expert:
+            yield (
+                f"{path}.num_experts={self.num_experts} is not divisible by "
+                f"config.mesh.expert={root.mesh.expert}; expert takes one of "
+                f"{config.divisors(self.num_experts)}"
+            )
+        if self.shared_d_ff:
+            where = f"{path}.shared_d_ff"
+            yield from feedforward.tensor_problems(self.shared_d_ff, where, root)
+        has_dense = self.first_dense > 0 or self.every > 1
+        if has_dense and self.dense_d_ff < 1:
+            yield (
+                f"{path}.dense_d_ff={self.dense_d_ff}: the dense blocks (first_dense="
+                f"{self.first_dense}, every={self.every}) need a width"
+            )
+        if not has_dense and self.dense_d_ff:
+            yield (
+                f"{path}.dense_d_ff={self.dense_d_ff} would be ignored: no block is "
+                "dense; set it to 0, or first_dense or every"
+            )
+        if self.dense_d_ff:
+            where = f"{path}.dense_d_ff"
+            yield from feedforward.tensor_problems(self.dense_d_ff, where, root)
+
+
+def _mesh_axes() -> Axes:
+    if jax.sharding.get_abstract_mesh().empty:
+        return Axes()
+    return Axes(mesh.TOKEN_AXES, rules.RULES["expert"], mesh.AXES)
+
+
+def _gather_fsdp(weights, axes_tree):
+    """Brings back the dimensions that fsdp splits, inside `shard_map`.
+
+    The derivative of this gather is a reduce-scatter of the gradient.
+    """
+
+    def gather(axes, w):
+        for dim, axis in enumerate(axes):
+            if axis == "expert_embed":
+                names = rules.RULES[axis]
+                w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+        return w
+
+    is_axes = lambda v: isinstance(v, tuple)
+    return jax.tree.map(gather, axes_tree, weights, is_leaf=is_axes)
+
+
+class MoELayer(nnx.Module):
+    """A feed-forward made of experts.
+
+    Args:
+      d_model: D.
+      options: the config.
+      std: deviation of the experts' initial weights.
+      out_std: of their output projection.
+      dtype: of the experts' weights.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        options: MoE,
+        *,
+        rngs: nnx.Rngs,
+        std: float = 0.02,
+        out_std: float = 0.02,
+        dtype: str = "float32",
+    ):
+        self.options = options
+        scorer = SCORERS[type(options.scorer)]
+        self.scorer = scorer(d_model, options.num_experts, options.scorer, rngs)
+        experts = EXPERTS[type(options.experts)]
+        self.experts = experts(
+            d_model,
+            options.num_experts,
+            options.experts,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        if options.shared_d_ff:
+            shared = feedforward.Dense(
+                d_ff=options.shared_d_ff,
+                activation=getattr(options.experts, "activation", "silu"),
+                gated=getattr(options.experts, "gated", True),
+            )
+            self.shared = feedforward.FeedForward(
+                d_model, shared, std=std, out_std=out_std, dtype=dtype, rngs=rngs
+            )
+
+    def init_router_state(self) -> dict[str, Array]:
+        """What this layer learns without gradients."""
+        return balance.init_state(self.options.balance, self.options.num_experts)
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        router_state: Mapping[str, Array] | None = None,
+        valid: Array | None = None,
+        token_ids: Array | None = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        condition=None,
+        carry=None,
+        key: Array | None = None,
+        mode: Mode = TRAIN,
+        override: Override | None = None,
+    ) -> tuple[Array, object, MoEAux]:
+        """Routes every token through its experts.
+
+        Args:
+          x: (B, S, D).
+          router_state: as `init_router_state` gives it (default: exactly that).
+          valid: (B, S) bool, default all; padding gets zeros and is not counted.
+          token_ids: (B, S) int32, for scorers and selectors that look at them.
+          positions: (B, S) int32.
+          segments: (B, S) int32.
+          condition: pytree of (B, S, ...).
+          carry: from the last router of the model; None for the first.
+          key: for routers that draw; folded by the caller.
+          mode: training or evaluation.
+          override: what the caller imposes on the selector.
+
+        Returns:
+          (B, S, D), the carry for the next router, and `MoEAux`.
+        """
+        batch_shape = (x.shape[0], x.shape[1])
+        flat = lambda a: None if a is None else a.reshape(-1, *a.shape[2:])
+        valid = jnp.ones(batch_shape, bool) if valid is None else valid
+        tokens = Tokens(
+            features=flat(x),
+            valid=flat(valid),
+            batch_shape=batch_shape,
+            token_ids=flat(token_ids),
+            positions=flat(positions),
+            segments=flat(segments),
+            condition=jax.tree.map(flat, condition),
+        )
+        state = self.init_router_state() if router_state is None else router_state
+        with jax.named_scope("router"):
+            if carry is None:
+                carry = self.scorer.init_carry(
+                    self.options.scorer, tokens.features.shape[0]
+                )
+            logits_te, carry = self.scorer(tokens, carry, key, mode)
+            select = SELECTORS[type(self.options.selector)]
+            routing = select(
+                self.options.selector, logits_te, tokens, state, mode, override, key
+            )
+        y, stats = self._dispatch(x, routing)
+        if self.options.shared_d_ff:
+            with jax.named_scope("shared"):
+                y = y + jnp.where(valid[..., None], self.shared(x), 0)
+        aux = MoEAux(
+            losses=balance.losses(self.options.balance, routing),
+            health=health.figures(routing),
+            stats=stats,
+            observation=balance.observe(routing),
+            routing=routing if mode.capture else None,
+        )
+        return y, carry, aux
+
+    def _dispatch(self, x: Array, routing: Routing) -> tuple[Array, DispatchStats]:
+        axes = _mesh_axes()
+        batch_shape = x.shape[:2]
+        top_k = routing.expert_tk.shape[1]
+        weights = jax.tree.map(lambda w: w.astype(x.dtype), self.experts.weights())
+        split = lambda a: a.reshape(*batch_shape, top_k)
+        body = lambda *inputs: _shard(self, axes, routing, *inputs)
+        inputs = (
+            self.experts.before({"features": x}),
+            split(routing.expert_tk),
+            split(routing.weight_tk),
+            split(routing.valid_tk),
+            weights,
+        )
+        if not axes.every:
+            y, stats = body(*inputs)
+        else:
+            token_spec = rules.spec(("batch", "sequence", None))
+            weight_specs = jax.tree.map(
+                rules.spec, self.experts.axes(), is_leaf=lambda v: isinstance(v, tuple)
+            )
+            y, stats = jax.shard_map(
+                body,
+                in_specs=(token_spec,) * 4 + (weight_specs,),
+                out_specs=(token_spec, PartitionSpec()),
+            )(*inputs)
+        return self.experts.after(y), stats
+
+
+def _shard(layer, axes, routing, rows, expert_bsk, weight_bsk, valid_bsk, weights):
+    """One shard's part: (b, s, ...) in, (b, s, D) and exact statistics out."""
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    if axes.every:
+        weights = _gather_fsdp(weights, layer.experts.axes())
+    local = Assignments(
+        expert_tk=flat(expert_bsk),
+        weight_tk=flat(weight_bsk),
+        valid_tk=flat(valid_bsk),
+        num_experts=routing.num_experts,
+        expected_k=routing.expected_k,
+    )
+    experts = LocalExperts(weights=weights, run=layer.experts.rows)
+    options = layer.options.dispatch
+    dispatch = DISPATCHES[type(options)]
+    y_td, stats = dispatch(options, jax.tree.map(flat, rows), local, experts, axes)
+    # The experts' width is split over tensor: each shard holds a part of the sum.
+    y_td = total(y_td, rules.RULES["mlp"] if axes.every else ())
+    return y_td.reshape(*expert_bsk.shape[:2], y_td.shape[-1]), stats

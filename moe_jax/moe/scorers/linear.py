@@ -1,0 +1,52 @@
+"""The linear router of Shazeer et al. 2017: `logits = x W`."""
+
+import jax
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.moe.routing import Array, Mode, Tokens
+from moe_jax.nn import module
+
+
+@config.node
+class Linear(config.ScorerConfig):
+    """One matrix without bias.
+
+    Attributes:
+      init_std: deviation of the initial weights.
+      dtype: of the weights and the product; float32 because the choice of experts
+        flips on differences that bfloat16 does not hold.
+    """
+
+    init_std: float = 0.02
+    dtype: str = "float32"
+
+    def problems(self, path, root):
+        yield from config.dtype_problems(self, path, "dtype")
+        if self.init_std <= 0:
+            yield f"{path}.init_std={self.init_std}: must be positive"
+
+
+class LinearScorer(nnx.Module):
+    """`logits_te = x_td W_de`."""
+
+    def __init__(self, d_model: int, num_experts: int, options: Linear, rngs: nnx.Rngs):
+        self.dtype = options.dtype
+        self.w = module.param(
+            rngs,
+            (d_model, num_experts),
+            ("embed", None),
+            std=options.init_std,
+            dtype=options.dtype,
+        )
+
+    @staticmethod
+    def init_carry(options: Linear, num_tokens: int) -> None:
+        """Nothing passes from layer to layer."""
+        return None
+
+    def __call__(
+        self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
+    ) -> tuple[Array, None]:
+        """Returns logits (T, E)."""
+        return tokens.features.astype(self.dtype) @ self.w[...], carry

@@ -1,0 +1,1 @@
+"""Plain layers: attention, norms, rotary positions, dense feed-forward."""

@@ -1,0 +1,151 @@
+"""Grouped-query causal self-attention (Ainslie et al. 2023) with packed documents."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.nn import module, norms, rope
+from moe_jax.parallel import rules
+from moe_jax.tree import struct
+
+
+@struct
+class KVCache:
+    """Keys and values of the tokens so far, for generation.
+
+    Attributes:
+      keys: (B, M, Hkv, Dh), M the longest text that fits.
+      values: (B, M, Hkv, Dh).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def attention_mask(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+) -> jax.Array:
+    """(B, S, M) bool: same document and not later. Shapes (B, S) and (B, M)."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return same & (query_positions[:, :, None] >= key_positions[:, None, :])
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention with H query heads on Hkv key heads.
+
+    Args:
+      q: (B, S, H, Dh); k, v: (B, M, Hkv, Dh) with H a multiple of Hkv.
+      k: keys.
+      v: values.
+      mask: (B, S, M) bool; a row without any True gives a uniform mean.
+
+    Returns:
+      (B, S, H, Dh) in the type of q.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    dtype = module.accumulation_dtype(q.dtype)
+    q = q.reshape(batch, length, groups, heads // groups, width)
+    logits = jnp.einsum("bsgrh,bmgh->bgrsm", q, k, preferred_element_type=dtype)
+    logits = logits * (width**-0.5)
+    # A finite number: a row of -inf (padding) would give NaN.
+    logits = jnp.where(mask[:, None, None], logits, -0.7 * jnp.finfo(dtype).max)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bgrsm,bmgh->bsgrh", weights, v)
+    return mixed.reshape(batch, length, heads, width)
+
+
+class Attention(nnx.Module):
+    """Self-attention with rotary positions and optional QK-norm.
+
+    Args:
+      d_model: D.
+      num_heads: H.
+      num_kv_heads: Hkv, divides H.
+      head_dim: Dh, even.
+      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020).
+      rope_theta: base of the rotary wavelengths.
+      norm_eps: of the QK-norm.
+      std: deviation of the initial weights.
+      out_std: of the output projection.
+      dtype: of the weights.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        rope_theta: float,
+        norm_eps: float,
+        std: float,
+        out_std: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        heads = ("embed", "heads", None)
+        queries = (d_model, num_heads, head_dim)
+        shared = (d_model, num_kv_heads, head_dim)
+        self.w_q = module.param(rngs, queries, heads, std=std, dtype=dtype)
+        self.w_k = module.param(rngs, shared, heads, std=std, dtype=dtype)
+        self.w_v = module.param(rngs, shared, heads, std=std, dtype=dtype)
+        self.w_o = module.param(
+            rngs,
+            (num_heads, head_dim, d_model),
+            ("heads", None, "embed"),
+            std=out_std,
+            dtype=dtype,
+        )
+        if qk_norm:
+            make = lambda: norms.RMSNorm(head_dim, eps=norm_eps, dtype=dtype, rngs=rngs)
+            self.q_norm, self.k_norm = make(), make()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends within the row, or to a cache that grows.
+
+        Args:
+          x: (B, S, D).
+          positions: (B, S) int32.
+          segments: (B, S) int32; with a cache 1 marks text and 0 padding.
+          cache: of what came before; its rows [start, start + S) are written.
+          start: () int32, the same for all of the batch.
+
+        Returns:
+          (B, S, D), and the cache with the new keys and values.
+        """
+        q = jnp.einsum("bsd,dhk->bshk", x, self.w_q[...].astype(x.dtype))
+        k = jnp.einsum("bsd,dhk->bshk", x, self.w_k[...].astype(x.dtype))
+        v = jnp.einsum("bsd,dhk->bshk", x, self.w_v[...].astype(x.dtype))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rope.rotate(q, positions, self.rope_theta)
+        k = rope.rotate(k, positions, self.rope_theta)
+        q = rules.constrain(q, "batch", "sequence", "heads", None)
+        if cache is None:
+            mask = attention_mask(positions, positions, segments, segments)
+        else:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
+            cache = KVCache(keys=k, values=v)
+            # A cache holds one document per row, from position 0 on.
+            places = jnp.arange(k.shape[1], dtype=jnp.int32)
+            mask = positions[:, :, None] >= places[None, None, :]
+        mixed = attend(q, k, v, mask)
+        out = jnp.einsum("bshk,hkd->bsd", mixed, self.w_o[...].astype(x.dtype))
+        return out, cache

@@ -1,0 +1,98 @@
+"""Position-wise feed-forward, gated (Shazeer 2020) or not."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.nn import module
+from moe_jax.parallel import rules
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@config.node
+class Dense(config.FeedForwardConfig):
+    """A dense feed-forward of width `d_ff` in every block.
+
+    Attributes:
+      d_ff: width of the hidden layer.
+      activation: one of `ACTIVATIONS`.
+      gated: `act(x W_gate) * (x W_up)` in place of `act(x W_up)`.
+    """
+
+    d_ff: int = 1024
+    activation: str = "silu"
+    gated: bool = True
+
+    def problems(self, path, root):
+        if self.d_ff < 1:
+            yield f"{path}.d_ff={self.d_ff}: must be at least 1"
+        yield from activation_problems(self.activation, path)
+        yield from tensor_problems(self.d_ff, f"{path}.d_ff", root)
+
+
+def activation_problems(name: str, path: str):
+    if name not in ACTIVATIONS:
+        yield f"{path}.activation={name!r}: must be one of {sorted(ACTIVATIONS)}"
+
+
+def tensor_problems(width: int, where: str, root: config.Config):
+    tensor = root.mesh.tensor
+    if tensor > 0 and width % tensor:
+        yield (
+            f"{where}={width} is not divisible by config.mesh.tensor={tensor}; "
+            f"tensor takes one of {config.divisors(width)}"
+        )
+
+
+class FeedForward(nnx.Module):
+    """`W_down (act(x W_gate) * (x W_up))`, or `W_down act(x W_up)` ungated.
+
+    Args:
+      d_model: D.
+      options: width, activation, gate.
+      std: deviation of the initial weights.
+      out_std: of the output projection.
+      dtype: of the weights.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        options: Dense,
+        *,
+        std: float,
+        out_std: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.act = ACTIVATIONS[options.activation]
+        self.gated = options.gated
+        into, out = (d_model, options.d_ff), (options.d_ff, d_model)
+        if options.gated:
+            self.w_gate = module.param(
+                rngs, into, ("embed", "mlp"), std=std, dtype=dtype
+            )
+        self.w_up = module.param(rngs, into, ("embed", "mlp"), std=std, dtype=dtype)
+        self.w_down = module.param(
+            rngs, out, ("mlp", "embed"), std=out_std, dtype=dtype
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, S, D) -> (B, S, D)."""
+        hidden = x @ self.w_up[...].astype(x.dtype)
+        if self.gated:
+            hidden = self.act(x @ self.w_gate[...].astype(x.dtype)) * hidden
+        else:
+            hidden = self.act(hidden)
+        hidden = rules.constrain(hidden, "batch", "sequence", "mlp")
+        return hidden @ self.w_down[...].astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Meshes, the table of shardings, and starting on many hosts."""

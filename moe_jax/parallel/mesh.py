@@ -1,0 +1,58 @@
+"""The device mesh: five named axes, all always present (size 1 where unused)."""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from moe_jax.config import MeshConfig
+from moe_jax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+TOKEN_AXES = ("data", "fsdp", "expert", "context")
+
+
+def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    slices = {getattr(d, "slice_index", 0) for d in devices}
+    if len(slices) > 1 and devices[0].platform == "tpu":
+        if shape[0] % len(slices):
+            raise UserError(
+                f"config.mesh.data={shape[0]} is not divisible by the {len(slices)} "
+                "slices: only the data axis spans slices"
+            )
+        inner = (shape[0] // len(slices), *shape[1:])
+        outer = (len(slices),) + (1,) * (len(shape) - 1)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    if devices[0].platform == "cpu":
+        return np.array(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+    """A mesh with the axes `AXES` over `devices` (default: all there are).
+
+    Axes are `Auto`: the compiler places collectives outside `shard_map`. It turns the
+    gradient of a sharded weight into a reduce-scatter, where a weight that is
+    replicated by hand gets a full all-reduce (+25 % bytes on the wire).
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    need = math.prod(sizes.values())
+    if need != len(devices):
+        shown = " * ".join(f"{k}={v}" for k, v in sizes.items())
+        raise UserError(
+            f"--config.mesh needs {need} devices ({shown}) but there are "
+            f"{len(devices)} of kind {devices[0].device_kind!r}; the product of the "
+            "axes must be the number of devices (data=-1 takes what remains). On a "
+            "CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them"
+        )
+    shape = tuple(sizes[a] for a in AXES)
+    return jax.sharding.Mesh(
+        _device_grid(shape, devices),
+        AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    )

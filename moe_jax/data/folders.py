@@ -1,7 +1,9 @@
-"""A lock between processes, on one host or on a shared file system."""
+"""Cache folders that several processes share, on one host or a file system."""
 
 import contextlib
+import errno
 import fcntl
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +47,19 @@ def exclusive(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the error says that no space or quota is left."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # array_record raises a RuntimeError that only spells it out.
+    return getattr(error, "errno", None) in numbers or "No space left" in str(error)
+
+
+def full_disk_error(folder: Path) -> UserError:
+    """What to tell the user once the half-written files are gone."""
+    free = shutil.disk_usage(folder).free
+    return UserError(
+        f"data.folder: no space left in {str(folder)!r} ({free} bytes free without "
+        "the files that were begun); free more or set --config.data.folder"
+    )

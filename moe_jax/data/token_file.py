@@ -7,7 +7,6 @@ it is there whole or not at all, whenever the process ends.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax.data import documents, locking, tokenizers, workers
+from moe_jax.data import documents, folders, tokenizers, workers
 from moe_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -80,7 +79,7 @@ def open_or_build(
     # A rename put the folder there, so no one sees it half written.
     with contextlib.suppress(FileNotFoundError, DamagedError):
         return read(path)
-    with locking.exclusive(folder / f"{path.name}.lock"):
+    with folders.exclusive(folder / f"{path.name}.lock"):
         for leftover in folder.glob(f"{path.name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -152,15 +151,11 @@ def _build(path, key, source, data, tokenizer) -> None:
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"data.folder: no space left in {str(path.parent)!r} ({free} bytes are "
-                "free) for the token files; free some or set --config.data.folder"
-            ) from None
-        raise
+    except (OSError, RuntimeError) as error:
+        if not folders.is_full_disk(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise folders.full_disk_error(path.parent) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

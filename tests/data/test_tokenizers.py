@@ -53,7 +53,7 @@ def test_hf_not_utf8_names_document_and_byte(tokenizer_file):
 
 
 def test_hf_unknown_special_offers_nearest(tokenizer_file):
-    with pytest.raises(UserError, match="bos='<S>' is not in .*did you mean '<s>'"):
+    with pytest.raises(UserError, match=r"bos='<S>' is not in .*did you mean '<s>'"):
         make_hf(tokenizer_file, bos="<S>")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_jax import config as config_lib
-from moe_jax.data import documents, locking
+from moe_jax.data import documents, folders
 from moe_jax.errors import UserError
 
 _LEFT_OUT = {"test", "tests", "idlelib", "idle_test"}
@@ -76,7 +76,7 @@ def load(
         # TFDS takes a third of a second to import; a config does not need it.
         from moe_jax.data.sources import python_source_builder
 
-        with locking.exclusive(folder / "tfds" / f"{name}.lock"):
+        with folders.exclusive(folder / "tfds" / f"{name}.lock"):
             dataset = python_source_builder.prepared(
                 folder / "tfds" / name, validation_fraction, split
             )

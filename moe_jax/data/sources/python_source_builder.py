@@ -5,6 +5,7 @@ It is apart from the config class because importing TFDS takes time.
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +63,9 @@ def prepared(folder: Path, validation_fraction: float, split: str) -> Sequence[d
     """Examples of one split, after preparing the dataset where it is missing."""
     tfds.disable_progress_bar()
     builder = PythonSource(data_dir=folder, validation_fraction=validation_fraction)
+    # The caller holds the lock, so that these are of a process that died.
+    for leftover in folder.glob("*/incomplete.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     # TFDS prints that it downloads, which it does not here.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()

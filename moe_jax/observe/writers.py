@@ -7,6 +7,7 @@ They are written as null, which table readers turn back into "missing".
 import json
 import math
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,13 @@ class TensorBoard:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(self._folder, purge_step=self._purge)
+            # The name of an event file has whole seconds only: a run that begins
+            # within one of the last would overwrite its file.
+            self._writer = SummaryWriter(
+                self._folder,
+                purge_step=self._purge,
+                filename_suffix=f".{time.time_ns()}",
+            )
         return self._writer
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:

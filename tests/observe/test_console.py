@@ -88,7 +88,7 @@ def test_training_goes_on_when_the_reader_leaves():
         "with Console(200, True, every=1) as out:\n"
         "    for step in range(1, 201):\n"
         "        out.step(step, {'loss': 1.0}); time.sleep(0.002)\n"
-        "print('finished', file=sys.stderr)\n"
+        "print('more'); print('finished', file=sys.stderr)\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -98,7 +98,8 @@ def test_tensorboard_is_read_back(tmp_path):
     resumed = writers.TensorBoard(tmp_path / "tb", resume_step=1)
     resumed.scalars(2, {"loss": 20.0})
     resumed.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    everything = {"scalars": 0, "histograms": 0}
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"), everything)
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
     # What stood after step 1 is hidden by the resume.

@@ -38,6 +38,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "chex",
         "ml-collections>=1.1.0",
         "absl-py",

@@ -258,12 +258,15 @@ class CheckpointConfig(Node):
     """What is saved when.
 
     Attributes:
+      folder: where to, a local path, gs:// or s3://; "" is `checkpoints` in the
+        workdir.
       every: steps between checkpoints; the last step is always saved.
       keep_last: newest checkpoints kept.
       keep_every: a checkpoint at a multiple of this many steps is kept for good;
         0 keeps none.
     """
 
+    folder: str = ""
     every: int = 500
     keep_last: int = 2
     keep_every: int = 0

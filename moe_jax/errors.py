@@ -1,7 +1,7 @@
-"""The one exception for mistakes a user can mend.
+"""The exceptions that are shown as one message, without a stack trace.
 
-Commands print its message without a stack trace and exit with status 2. The
-message says what is wrong, where, which rule it breaks, and how to mend it.
+`UserError` is for mistakes a user can mend; commands exit with status 2. The message
+says what is wrong, where, which rule it breaks, and how to mend it.
 """
 
 import difflib
@@ -10,6 +10,13 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input: a flag, a config value, a file, a checkpoint."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, for no mistake in its input: exit status 1.
+
+    Shown like a `UserError`, without a stack trace.
+    """
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from moe_jax import config as config_lib
 from moe_jax.cli import config_file
 from moe_jax.config import Config, Node
-from moe_jax.errors import UserError, nearest
+from moe_jax.errors import RunError, UserError, nearest
 
 FLAGS = flags.FLAGS
 Main = Callable[[], int | None]
@@ -56,6 +56,52 @@ def define_hosts() -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
     flags.DEFINE_integer("process_id", -1, "Which of them this one is, from 0.")
+
+
+def define_workdir() -> None:
+    """Defines `--workdir`, `--step` and `--mesh` of commands that load a run."""
+    flags.DEFINE_string("workdir", "", "Folder of the run.")
+    flags.DEFINE_integer("step", 0, "Which checkpoint; 0: the newest good one.", 0)
+    flags.DEFINE_string(
+        "mesh", "", "Mesh to use, as expert=2,tensor=2; default: that of the run."
+    )
+
+
+def read_workdir_config() -> Config:
+    """The config of the run in `--workdir`, with the mesh of `--mesh`.
+
+    Raises:
+      UserError: no run there, or the mesh does not suit its model.
+    """
+    from moe_jax.train import workdir
+
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing: the folder of a run of moe-jax train")
+    config = workdir.read_config(FLAGS.workdir)
+    if FLAGS.mesh:
+        config.mesh = parse_mesh(FLAGS.mesh)
+    return config_lib.validate(config)
+
+
+def parse_mesh(text: str) -> config_lib.MeshConfig:
+    """A mesh from `expert=4,data=2`; axes that are not named have size 1.
+
+    Raises:
+      UserError: an axis that does not exist, or a size that is no positive number.
+    """
+    names = [f.name for f in dataclasses.fields(config_lib.MeshConfig)]
+    sizes = dict.fromkeys(names, 1)
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in names:
+            raise UserError(
+                f"--mesh={text}: no axis {name!r}{nearest(name, names)} "
+                f"(axes: {', '.join(names)})"
+            )
+        if not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh={text}: {name}={size!r} is not a size, 1 or more")
+        sizes[name] = int(size)
+    return config_lib.MeshConfig(**sizes)
 
 
 def start_hosts(config: Config) -> None:
@@ -200,6 +246,9 @@ def _guarded(body: Callable[[], int | None], name: str) -> int:
     except UserError as error:
         print(f"moe-jax {name}: error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except RunError as error:
+        print(f"moe-jax {name}: {error}", file=sys.stderr, flush=True)
+        status = 1
     except KeyboardInterrupt:
         print(f"moe-jax {name}: interrupted", file=sys.stderr, flush=True)
         status = 130

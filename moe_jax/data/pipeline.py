@@ -101,30 +101,24 @@ class TextData:
         seed: int,
         start_step: int,
         num_steps: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: tuple[int, int] | None = None,
         prefetch: int = 4,
     ) -> Iterator[Batch]:
         """This process's part of the batches of `num_steps` steps from `start_step`.
 
         All rows in an order drawn from `seed`, then all in another one, and so on:
-        the stream's elements [s*B, (s+1)*B) are step s. Processes take parts side by
-        side, so that their parts joined are the same batch for any number of them.
-        Starting at a later step costs nothing.
+        the stream's elements [s*B, (s+1)*B) are step s, so the batch is the same for
+        any number of processes. Starting at a later step costs nothing.
 
         Args:
           batch_size: rows in the batch of all processes, B.
           seed: of the order, in [0, 2**32).
           start_step: the first step to give.
           num_steps: how many steps to give.
-          process_index: of this process.
-          process_count: of all.
+          rows: first row and number of rows of the batch to give; default: all.
           prefetch: batches read ahead in a thread; 0 reads in the caller's.
-
-        Raises:
-          UserError: `batch_size` is not divisible by `process_count`.
         """
-        first, count = _part(batch_size, process_index, process_count)
+        first, count = rows or (0, batch_size)
         num_rows = self.num_rows("train")
         order = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
 
@@ -145,8 +139,7 @@ class TextData:
         *,
         batch_size: int,
         max_batches: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: tuple[int, int] | None = None,
     ) -> Iterator[Batch]:
         """This process's part of the held-out batches, in order of the text.
 
@@ -157,35 +150,19 @@ class TextData:
         Args:
           batch_size: rows in the batch of all processes.
           max_batches: how many to give at most; 0 gives all.
-          process_index: of this process.
-          process_count: of all.
-
-        Raises:
-          UserError: `batch_size` is not divisible by `process_count`.
+          rows: first row and number of rows of each batch to give; default: all.
         """
-        first, count = _part(batch_size, process_index, process_count)
+        first, count = rows or (0, batch_size)
         num_batches = -(-self.num_rows("validation") // batch_size)
         if max_batches:
             num_batches = min(num_batches, max_batches)
 
         def batch(number: int) -> Batch:
             begin = number * batch_size + first
-            rows = range(begin, begin + count)
-            return packing.stack([self.row("validation", row) for row in rows])
+            numbers = range(begin, begin + count)
+            return packing.stack([self.row("validation", n) for n in numbers])
 
         return map(batch, range(num_batches))
-
-
-def _part(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    """First row and number of rows of a process in every batch."""
-    if batch_size < 1 or batch_size % process_count:
-        multiple = process_count * max(1, round(batch_size / process_count))
-        raise UserError(
-            f"train.batch_size={batch_size} is not divisible by the {process_count} "
-            f"processes; set it to a multiple of {process_count} such as {multiple}"
-        )
-    count = batch_size // process_count
-    return process_index * count, count
 
 
 def _content_hash(manifest: dict[str, Any]) -> str:

@@ -61,5 +61,8 @@ class Model(Protocol):
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states to the model's outputs."""
 
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that take part in serving one token."""
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of a training step per token (forward and backward)."""

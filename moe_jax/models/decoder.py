@@ -389,19 +389,35 @@ class DecoderModel:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, (x, carry), layers)
 
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that take part in serving one token."""
+        total, active = 0, 0.0
+        for name, leaf in self._shapes().items():
+            total += leaf.size
+            active += leaf.size * self._share(name)
+        return total, round(active)
+
     def flops_per_token(self, sequence_length: int) -> float:
         """6 per active matrix weight, and causal attention (halved), both per token."""
         options = self.options
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        active = 0.0
-        for name, leaf in named_leaves(shapes).items():
-            if "/experts/" in name:
-                ff = options.feed_forward
-                active += leaf.size * getattr(ff.selector, "top_k", 1) / ff.num_experts
-            elif name != "embedding" or options.tie_embeddings:
-                active += leaf.size
+        active = sum(
+            leaf.size * self._share(name)
+            for name, leaf in self._shapes().items()
+            # A lookup costs nothing; a tied matrix is multiplied at the output.
+            if name != "embedding" or options.tie_embeddings
+        )
         heads = options.num_layers * options.num_heads * options.width_per_head
         return 6 * active + 6 * heads * sequence_length
+
+    def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return named_leaves(jax.eval_shape(self.init, jax.random.key(0)))
+
+    def _share(self, name: str) -> float:
+        """Share of a parameter that serves a token: K / E of the experts."""
+        if "/experts/" not in name:
+            return 1.0
+        ff = self.options.feed_forward
+        return getattr(ff.selector, "top_k", ff.num_experts) / ff.num_experts
 
 
 class Outer(nnx.Module):

@@ -62,22 +62,6 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
-def _one_batch(config, model, params, frozen, router_state, batch, key, mode, override):
-    """Loss terms of a micro-batch as (sum of nll terms, aux loss), with the rest."""
-    objective = OBJECTIVES[type(config.objective)]
-    found = objective(
-        config.objective,
-        model,
-        optimizers.merge(params, frozen),
-        router_state,
-        batch,
-        key=key,
-        mode=mode,
-        override=override,
-    )
-    return found
-
-
 def compute_gradients(
     config: Config,
     model: Model,
@@ -107,10 +91,16 @@ def compute_gradients(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def total(params, micro, micro_key):
-        found = _one_batch(
-            config, model, params, state.frozen, state.router_state, micro, micro_key,
-            mode, override,
-        )  # fmt: skip
+        found = OBJECTIVES[type(config.objective)](
+            config.objective,
+            model,
+            optimizers.merge(params, state.frozen),
+            state.router_state,
+            micro,
+            key=micro_key,
+            mode=mode,
+            override=override,
+        )
         value = found.sum / weight + aux_loss(found.aux) / count
         return value, found
 
@@ -246,22 +236,6 @@ def make_step(
         return new, step_metrics(found, norm, rate)
 
     # Without explicit output shardings the moments come back replicated.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_eval_step(
-    config: Config, model: Model
-) -> Callable[[Any, Any, Batch], Metrics]:
-    """The jitted sum of a batch's nll (nats), tokens and drops."""
-
-    def eval_step(params, router_state, batch: Batch) -> Metrics:
-        found = _one_batch(
-            config, model, params, {}, router_state, batch, None, EVAL, None
-        )
-        sums = {"nll": found.nll, "tokens": found.weight}
-        if found.aux is not None:
-            sums["dropped"] = jnp.sum(found.aux.stats.dropped)
-            sums["expert_counts"] = found.aux.health["counts"]
-        return sums
-
-    return jax.jit(eval_step)
+    # Metrics are replicated, so that every host can read them.
+    places = (shardings, shardings.step)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=places)

@@ -35,7 +35,7 @@ def joined(parts):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_train_batch_does_not_depend_on_process_count(text, count):
     parts = [
-        text.train_batches(**TRAIN, process_index=i, process_count=count)
+        text.train_batches(**TRAIN, rows=(i * 8 // count, 8 // count))
         for i in range(count)
     ]
     assert_batches_equal(joined(parts), text.train_batches(**TRAIN))
@@ -44,7 +44,7 @@ def test_train_batch_does_not_depend_on_process_count(text, count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_eval_batch_does_not_depend_on_process_count(text, count):
     parts = [
-        text.eval_batches(batch_size=8, process_index=i, process_count=count)
+        text.eval_batches(batch_size=8, rows=(i * 8 // count, 8 // count))
         for i in range(count)
     ]
     assert_batches_equal(joined(parts), text.eval_batches(batch_size=8))
@@ -113,15 +113,6 @@ def test_batch_larger_than_split(text):
         batch_size=batch_size, seed=0, start_step=0, num_steps=1
     )
     assert batch["tokens"].shape == (batch_size, 16)
-
-
-def test_batch_size_not_divisible(text):
-    for batches in (
-        lambda: text.train_batches(**TRAIN, process_count=3),
-        lambda: text.eval_batches(batch_size=8, process_count=3),
-    ):
-        with pytest.raises(UserError, match=r"=8 is not divisible by the 3 .* as 9"):
-            batches()
 
 
 def test_text_shorter_than_a_row(corpus_config, text):

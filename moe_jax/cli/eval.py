@@ -1,0 +1,48 @@
+"""Scores a checkpoint on held-out text.
+
+Example:
+  moe-jax eval --workdir=runs/quickstart
+
+Prints one line of JSON: loss in nats per token, perplexity, bits per byte.
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from moe_jax.cli import common
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    common.define_hosts()
+    common.define_workdir()
+    flags.DEFINE_integer("max_batches", 0, "Batches to score; 0: all.", 0)
+
+
+def main() -> int:
+    config = common.read_workdir_config()
+    common.start_hosts(config)
+    import jax
+
+    from moe_jax.data import pipeline
+    from moe_jax.infer import load
+    from moe_jax.parallel import distributed
+    from moe_jax.train import loop
+    from moe_jax.train.evaluate import Evaluator
+
+    data = pipeline.prepare(config)
+    loaded = load.load(FLAGS.workdir, config, FLAGS.step)
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
+    evaluator = Evaluator(loaded.parts, loop.bytes_per_token(data, "validation"))
+    figures = evaluator.score(loaded.state, data, FLAGS.max_batches)
+    if distributed.is_primary():
+        print(json.dumps({"step": int(jax.device_get(loaded.state.step))} | figures))
+    return 0
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)

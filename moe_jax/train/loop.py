@@ -1,0 +1,169 @@
+"""Training, from top to bottom."""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import jax
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Config
+from moe_jax.data import pipeline
+from moe_jax.errors import UserError
+from moe_jax.observe.summary import write_summary
+from moe_jax.parallel import batches, distributed
+from moe_jax.train import finale, restore, setup, workdir
+from moe_jax.train.evaluate import Evaluator
+from moe_jax.train.recorder import Recorder
+from moe_jax.train.setup import Parts
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, and what it took.
+
+    Attributes:
+      state: the train state.
+      step: optimizer steps done.
+      compile_seconds: of the train step.
+      stopped_by: name of the signal that ended the run early, or "".
+    """
+
+    state: Any
+    step: int
+    compile_seconds: float = 0.0
+    stopped_by: str = ""
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Keeps compiled programs on disk, so that a second start is quick."""
+    if config.train.compilation_cache:
+        folder = os.path.expanduser(config.train.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def check_vocabulary(config: Config, data: Any) -> None:
+    """Raises UserError where the tokenizer has more ids than the model."""
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"tokenizer's {data.vocab_size} ids; set it to {data.vocab_size} or, for "
+            f"even tiles, {-(-data.vocab_size // 128) * 128}"
+        )
+
+
+def train(config: Config, folder: str) -> int:
+    """Trains, or goes on where `folder` stopped; returns the exit status.
+
+    Raises:
+      UserError: what the user can mend.
+      RunError: the run cannot go on.
+    """
+    use_compilation_cache(config)
+    data = pipeline.prepare(config)
+    check_vocabulary(config, data)
+    parts = setup.make_parts(config)
+    checkpoints = Checkpoints(
+        workdir.checkpoint_folder(folder, config), config.checkpoint
+    )
+    try:
+        changed = []
+        if checkpoints.steps():
+            changed = workdir.check_resume(folder, config)
+        if distributed.is_primary():
+            workdir.claim(folder, config)
+        state, notes = restore.begin(parts, data, checkpoints)
+        return _run(parts, data, checkpoints, folder, state, changed, notes)
+    finally:
+        checkpoints.close()
+
+
+def _run(parts, data, checkpoints, folder, state, changed, notes) -> int:
+    progress = Progress(state=state, step=int(state.step))
+    recorder = Recorder(parts, folder, progress.step, bytes_per_token(data, "train"))
+    evaluator = Evaluator(parts, bytes_per_token(data, "validation"))
+    try:
+        for line in _greeting(parts, data, changed, notes):
+            recorder.console.note(line)
+        _steps(parts, data, checkpoints, recorder, evaluator, progress)
+        checkpoints.wait()
+        if progress.stopped_by:
+            recorder.console.note(
+                f"{progress.stopped_by}: stopped after step {progress.step}, "
+                "checkpoint saved; the same command goes on"
+            )
+            return 0
+        figures = finale.show(parts, data, evaluator, recorder, progress, folder)
+        if distributed.is_primary():
+            write_summary(os.path.join(folder, workdir.SUMMARY_FILE), figures)
+    finally:
+        recorder.close()
+    return 0
+
+
+def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
+    """Runs the steps that remain; leaves the last state in `progress`."""
+    config = parts.config
+    begin = time.perf_counter()
+    run_step = setup.compile_step(parts)
+    progress.compile_seconds = time.perf_counter() - begin
+    size = config.train.batch_size
+    first, count = batches.rows_of_process(parts.mesh, size)
+    host_batches = data.train_batches(
+        batch_size=size,
+        seed=config.seed,
+        start_step=progress.step,
+        num_steps=config.train.steps - progress.step,
+        rows=(first, count),
+        prefetch=config.data.prefetch,
+    )
+    watchdog = distributed.Watchdog(config.train.watchdog_secs)
+    recorder.restart_clock()
+    with distributed.StopSignals() as signals:
+        for host_batch in host_batches:
+            watchdog.beat("training", progress.step)
+            batch = batches.put(host_batch, parts.mesh, size, first)
+            progress.state, metrics = run_step(progress.state, batch)
+            progress.step += 1
+            recorder.add(progress.step, metrics)
+            stop = signals.should_stop(progress.step)
+            last = stop or progress.step == config.train.steps
+            if last or progress.step % config.checkpoint.every == 0:
+                watchdog.beat("saving a checkpoint", progress.step)
+                recorder.flush()
+                position = restore.data_position(parts, data, progress.step)
+                checkpoints.save(progress.step, progress.state, position, force=last)
+                recorder.restart_clock()
+            if stop:
+                progress.stopped_by = signals.requested
+                break
+            every = config.eval.every
+            if every and progress.step % every == 0 and not last:
+                watchdog.pause()
+                recorder.flush()
+                most = config.eval.max_batches
+                figures = evaluator.score(progress.state, data, most)
+                recorder.held_out(progress.step, figures)
+                recorder.restart_clock()
+    watchdog.stop()
+
+
+def bytes_per_token(data: Any, split: str) -> float:
+    """Mean bytes per token of a split (1 where it is empty)."""
+    tokens = data.tokens_in(split)
+    return data.bytes_in(split) / tokens if tokens else 1.0
+
+
+def _greeting(parts: Parts, data: Any, changed: list[str], notes: list[str]):
+    sizes = ", ".join(f"{k}={v}" for k, v in parts.mesh.shape.items() if v > 1)
+    yield f"{distributed.describe()}; mesh {sizes or 'of one device'}"
+    total, active = parts.model.count_parameters()
+    yield f"model: {total:,} parameters, {active:,} of them active for a token"
+    yield (
+        f"text: {data.bytes_in('train'):,} bytes to train on, "
+        f"{data.bytes_in('validation'):,} held out"
+    )
+    for line in changed:
+        yield f"changed since this run began: {line}"
+    yield from notes

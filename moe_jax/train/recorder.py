@@ -1,0 +1,158 @@
+"""From the metrics of finished steps to the user: files, console, TensorBoard."""
+
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.errors import RunError
+from moe_jax.observe import flops
+from moe_jax.observe.console import Console
+from moe_jax.observe.writers import MetricsFile, TensorBoard
+from moe_jax.parallel import distributed
+from moe_jax.train import workdir as workdirs
+from moe_jax.train.setup import Parts
+
+
+class Recorder:
+    """Reads a step's metrics when the next step is on its way.
+
+    Args:
+      parts: of the run.
+      workdir: where metrics.jsonl and TensorBoard files go.
+      start_step: steps done before; later lines of an earlier process are dropped.
+      bytes_per_token: of the training text.
+    """
+
+    def __init__(
+        self, parts: Parts, workdir: str, start_step: int, bytes_per_token: float
+    ):
+        config = parts.config
+        self._config = config
+        self._primary = distributed.is_primary()
+        self.console = Console(
+            config.train.steps, self._primary, config.log.every, start_step
+        )
+        self._file = self._board = None
+        if self._primary:
+            self._file = MetricsFile(os.path.join(workdir, workdirs.METRICS_FILE))
+            self._file.cut_back(start_step)
+            if config.log.tensorboard:
+                folder = os.path.join(workdir, "tensorboard")
+                self._board = TensorBoard(folder, start_step)
+        self._nats_to_bits = 1 / (math.log(2) * bytes_per_token)
+        length = config.data.sequence_length
+        self._tokens_per_step = config.train.batch_size * length
+        kind = parts.mesh.devices.flat[0].device_kind
+        peak = flops.peak_flops(kind)
+        self._peak = peak and peak * parts.mesh.size
+        self._flops_per_token = parts.model.flops_per_token(length)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._since = time.perf_counter()
+        self._bad_in_a_row = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.drops = 0
+        self.skipped = 0
+        self.losses: dict[str, float] = {}
+
+    def restart_clock(self) -> None:
+        """Leaves out what happened since the last step (evaluation, saving)."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of `step`; reads those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the metrics taken last, and records them.
+
+        Raises:
+          RunError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._record(step, values, seconds)
+        self._guard(step, bool(values["skipped"]))
+
+    def _record(self, step: int, values: dict[str, Any], seconds: float) -> None:
+        rate = self._tokens_per_step / seconds
+        self.seconds += seconds
+        self.tokens += self._tokens_per_step
+        self.drops += int(values.get("dropped", 0))
+        self.skipped += int(values["skipped"])
+        self.losses["first" if not self.losses else "last"] = float(values["loss"])
+        figures = {
+            name: np.asarray(v).item()
+            for name, v in values.items()
+            if np.ndim(v) == 0 and name != "dropped"
+        }
+        figures |= {
+            "bits_per_byte": float(values["loss"]) * self._nats_to_bits,
+            "tokens_per_second": rate,
+            "step_ms": 1000 * seconds,
+        }
+        if "dropped" in values:
+            figures["drops"] = int(values["dropped"])
+        if self._peak:
+            figures["mfu"] = rate * self._flops_per_token / self._peak
+        if self._file is None:
+            return
+        shown_step = step % self._config.log.every == 0
+        counts = values.get("expert_counts")
+        full = figures
+        if shown_step and counts is not None:
+            full = figures | {"expert_counts": counts}
+        self._file.write(step, full)
+        shown = ("loss", "bits_per_byte", "tokens_per_second", "step_ms", "mfu")
+        shown += ("grad_norm", "load_max_over_mean", "drops")
+        self.console.step(step, {k: figures[k] for k in shown if k in figures})
+        if self._board is not None and shown_step:
+            self._board.scalars(step, figures)
+            if counts is not None:
+                self._board.histogram(step, "expert_counts", counts)
+
+    def _guard(self, step: int, bad: bool) -> None:
+        self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        train = self._config.train
+        if train.nan_policy == "stop":
+            raise RunError(
+                f"step {step}: the loss or a gradient is not finite, and "
+                "config.train.nan_policy is 'stop'; the parameters are those before "
+                "this step. A lower learning rate or 'skip' may help"
+            )
+        self.console.note(f"step {step}: not finite, skipped; nothing was changed")
+        if self._bad_in_a_row >= train.max_skipped:
+            raise RunError(
+                f"step {step}: {self._bad_in_a_row} steps in a row were not finite "
+                "(config.train.max_skipped); the parameters are those before them"
+            )
+
+    def held_out(self, step: int, figures: dict[str, float]) -> None:
+        """Shows and records an evaluation."""
+        if not figures or not self._primary:
+            return
+        self.console.note(
+            f"step {step}: held-out loss {figures['loss']:.4f}  perplexity "
+            f"{figures['perplexity']:.2f}  bpb {figures['bits_per_byte']:.3f}"
+        )
+        if self._board is not None:
+            scalars = {f"held_out/{name}": v for name, v in figures.items()}
+            self._board.scalars(step, scalars)
+
+    def close(self) -> None:
+        self.console.close()
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()

@@ -1,0 +1,90 @@
+"""From a config to the parts of a run: mesh, model, optimizer, state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from moe_jax import models
+from moe_jax.config import Config
+from moe_jax.models.base import Model
+from moe_jax.parallel import batches, mesh
+from moe_jax.train import optimizers, schedules, state, step
+from moe_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of; code and facts, no arrays.
+
+    Attributes:
+      config: the experiment.
+      mesh: over the devices.
+      model: code of the model.
+      schedule: step -> factor of the learning rate.
+      optimizer: of optax.
+      abstract: shapes, types and shardings of the train state.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: Model
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of an evaluation batch: one micro-batch."""
+        return self.config.train.batch_size // self.config.train.accumulation
+
+
+def make_parts(config: Config, devices: list | None = None) -> Parts:
+    """Builds the parts over `devices` (default: all). Allocates nothing.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
+    """
+    device_mesh = mesh.make_mesh(config.mesh, devices)
+    model = models.build(config.model)
+    schedule = schedules.make_schedule(config.schedule, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    with jax.set_mesh(device_mesh):
+        abstract = state.abstract_state(config, model, optimizer, device_mesh)
+    return Parts(
+        config=config,
+        mesh=device_mesh,
+        model=model,
+        schedule=schedule,
+        optimizer=optimizer,
+        abstract=abstract,
+    )
+
+
+def fresh_state(parts: Parts) -> TrainState:
+    """Initial values, made where they will lie; the same on every mesh."""
+    make = lambda key: state.init_state(
+        parts.config, parts.model, parts.optimizer, key
+    )
+    with jax.set_mesh(parts.mesh):
+        key = jax.random.key(parts.config.seed)
+        return jax.jit(make, out_shardings=parts.shardings)(key)
+
+
+def compile_step(parts: Parts) -> Any:
+    """The train step, compiled for the parts' shapes: `(state, batch)`."""
+    config = parts.config
+    jitted = step.make_step(
+        config, parts.model, parts.optimizer, parts.schedule, parts.shardings
+    )
+    batch = batches.abstract(
+        parts.mesh, config.train.batch_size, config.data.sequence_length
+    )
+    with jax.set_mesh(parts.mesh):
+        return jitted.lower(parts.abstract, batch).compile()

@@ -1,5 +1,6 @@
 """Decoder-only language model: pre-norm blocks, dense or MoE, scanned by segment."""
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -73,6 +74,25 @@ class Decoder(config.ModelConfig):
     @property
     def width_per_head(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
+
+    def shrunk(self) -> "Decoder":
+        """A small model of the same kind: same experts, routing, ratio of heads."""
+        small = copy.deepcopy(self)
+        heads = min(self.num_heads, 16)
+        small.vocab_size = min(self.vocab_size, 512)
+        small.num_heads, small.head_dim = heads, 16
+        small.num_kv_heads = max(1, heads * self.kv_heads // self.num_heads)
+        small.d_model = 128
+        ff, layers = small.feed_forward, 2
+        if isinstance(ff, MoE):
+            ff.first_dense = min(ff.first_dense, 1)
+            ff.experts.d_ff, layers = 64, ff.first_dense + 2 * ff.every
+            ff.shared_d_ff = 64 if ff.shared_d_ff else 0
+            ff.dense_d_ff = 64 if ff.first_dense or ff.every > 1 else 0
+        else:
+            ff.d_ff = 64
+        small.num_layers = min(self.num_layers, layers)
+        return small
 
     def problems(self, path, root):
         least = {"vocab_size": 2, "num_layers": 1, "d_model": 1, "num_heads": 1}

@@ -1,0 +1,1 @@
+"""Layout invariance: the same numbers on every mesh."""

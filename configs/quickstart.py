@@ -50,14 +50,15 @@ def get_config() -> Config:
         ),
         objective=NextToken(),
         data=DataConfig(
-            source=PythonSource(), tokenizer=Bytes(), sequence_length=128
+            source=PythonSource(),
+            tokenizer=Bytes(),
+            sequence_length=128,
+            validation_fraction=0.03,
         ),
         optimizer=AdamW(learning_rate=4e-3, weight_decay=0.1),
         schedule=Cosine(warmup_steps=50, final=0.05),
-        train=TrainConfig(steps=STEPS, batch_size=32),
-        eval=EvalConfig(
-            baselines=True, samples=3, sample_tokens=200, prompt="def "
-        ),
+        train=TrainConfig(steps=STEPS, batch_size=16),
+        eval=EvalConfig(baselines=True, samples=3, sample_tokens=200, prompt="def "),
         checkpoint=CheckpointConfig(every=200),
         mesh=MeshConfig(expert=2),
     )

@@ -450,4 +450,3 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
         pairs = ((n, getattr(old, n), getattr(new, n)) for n in names)
         return [line for n, a, b in pairs for line in differences(a, b, f"{path}.{n}")]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-

@@ -113,12 +113,18 @@ def differences(found: Record, reference: Record, dtype: str) -> Iterator[Differ
 
     A quantity that only one of them has differs infinitely.
     """
-    for name in [*reference.exact, *(n for n in found.exact if n not in reference.exact)]:
+    for name in [
+        *reference.exact,
+        *(n for n in found.exact if n not in reference.exact),
+    ]:
         a, b = found.exact.get(name), reference.exact.get(name)
         missing = a is None or b is None or np.shape(a) != np.shape(b)
         error = float("inf") if missing else float(np.sum(np.asarray(a) != b))
         yield Difference(name=name, error=error, allowed=0.0)
-    for name in [*reference.close, *(n for n in found.close if n not in reference.close)]:
+    for name in [
+        *reference.close,
+        *(n for n in found.close if n not in reference.close),
+    ]:
         a, b = found.close.get(name), reference.close.get(name)
         error = float("inf") if a is None or b is None else relative_error(a, b)
         yield Difference(name=name, error=error, allowed=TOLERANCE[dtype])

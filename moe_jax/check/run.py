@@ -78,10 +78,8 @@ def prepare(config: Config, meshes: dict[str, MeshConfig], shrink: bool) -> Conf
     if shrink:
         config.model = config.model.shrunk()
         config.data.sequence_length = min(config.data.sequence_length, 64)
-    accumulation = config.train.accumulation
-    rows = math.lcm(
-        accumulation, *(accumulation * m.data * m.fsdp * m.expert for m in meshes.values())
-    )
+    shards = math.lcm(*(m.data * m.fsdp * m.expert for m in meshes.values()))
+    rows = config.train.accumulation * shards
     config.train.batch_size = rows * -(-_LEAST_ROWS // rows)
     return config
 
@@ -129,9 +127,7 @@ def run_step(
         found = step.compute_gradients(
             config, model, state, batch, mode=mode, override=replay
         )
-        new, norm = step.apply_gradients(
-            config, model, parts.optimizer, state, found
-        )
+        new, norm = step.apply_gradients(config, model, parts.optimizer, state, found)
         return found, norm, new.params, new.router_state
 
     with jax.set_mesh(parts.mesh):

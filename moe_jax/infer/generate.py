@@ -57,7 +57,15 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=4)
 def _advance(
-    model: DecoderModel, params, router_state, tokens, cache, start, key, limit, sampling
+    model: DecoderModel,
+    params,
+    router_state,
+    tokens,
+    cache,
+    start,
+    key,
+    limit,
+    sampling,
 ):
     """Feeds tokens (B, n) at position `start`; draws the token after them (B,)."""
     batch, count = tokens.shape
@@ -67,9 +75,7 @@ def _advance(
         positions=jnp.broadcast_to(positions, (batch, count)),
         segments=jnp.ones((batch, count), jnp.int32),
     )
-    hidden, cache = model.decode(
-        params, router_state, inputs, cache, start, mode=EVAL
-    )
+    hidden, cache = model.decode(params, router_state, inputs, cache, start, mode=EVAL)
     logits = model.logits(params, hidden[:, -1:])[:, 0]
     logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
     key = jax.random.fold_in(key, start + count)

@@ -41,7 +41,9 @@ def put(batch: Batch, mesh: Mesh, batch_size: int, first: int) -> dict[str, jax.
     return {name: one(local) for name, local in batch.items()}
 
 
-def abstract(mesh: Mesh, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(
+    mesh: Mesh, batch_size: int, length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of a batch."""
     where = batch_sharding(mesh)
     whole = lambda dtype: jax.ShapeDtypeStruct(

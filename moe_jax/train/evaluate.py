@@ -95,7 +95,7 @@ class Evaluator:
         figures = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.bits_per_byte(loss),
+            "bits_per_byte": self._bits_per_byte(sums, data, whole=not max_batches),
             "tokens": int(sums["tokens"]),
         }
         if "assignments" in sums:
@@ -103,8 +103,11 @@ class Evaluator:
             figures["drop_fraction"] = sums["dropped"] / max(1, sums["assignments"])
         return figures
 
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        return nats_per_token / math.log(2) / self._bytes_per_token
+    def _bits_per_byte(self, sums: dict[str, float], data: Any, whole: bool) -> float:
+        bits = sums["nll"] / math.log(2)
+        if whole:
+            return bits / data.bytes_in("validation")
+        return bits / (sums["tokens"] * self._bytes_per_token)
 
     def expert_uses(self, state: TrainState, data: Any, max_batches: int = 8):
         """Counts (L, E, V) over some held-out batches; None where there is no MoE.

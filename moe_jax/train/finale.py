@@ -44,19 +44,13 @@ def show(
         f"  moe-jax eval --workdir={folder}\n"
         f"  tensorboard --logdir={folder}/tensorboard"
     )
-    seconds = recorder.seconds
     return {
         "step": progress.step,
-        "losses": recorder.losses,
         "held_out": held_out,
         "baselines": compared,
-        "seconds": seconds,
         "compile_seconds": progress.compile_seconds,
-        "tokens_per_second": recorder.tokens / seconds if seconds else 0.0,
-        "drops": recorder.drops,
-        "skipped_steps": recorder.skipped,
         "mesh": dict(parts.mesh.shape),
-    }
+    } | recorder.totals()
 
 
 def _baselines(data: Any) -> dict[str, float]:

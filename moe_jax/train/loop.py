@@ -105,22 +105,24 @@ def _run(parts, data, checkpoints, folder, state, changed, notes) -> int:
 def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
     """Runs the steps that remain; leaves the last state in `progress`."""
     config = parts.config
-    begin = time.perf_counter()
-    run_step = setup.compile_step(parts)
-    progress.compile_seconds = time.perf_counter() - begin
-    size = config.train.batch_size
-    first, count = batches.rows_of_process(parts.mesh, size)
-    host_batches = data.train_batches(
-        batch_size=size,
-        seed=config.seed,
-        start_step=progress.step,
-        num_steps=config.train.steps - progress.step,
-        rows=(first, count),
-        prefetch=config.data.prefetch,
-    )
-    watchdog = distributed.Watchdog(config.train.watchdog_secs)
-    recorder.restart_clock()
+    if progress.step >= config.train.steps:
+        return
     with distributed.StopSignals() as signals:
+        begin = time.perf_counter()
+        run_step = setup.compile_step(parts)
+        progress.compile_seconds = time.perf_counter() - begin
+        size = config.train.batch_size
+        first, count = batches.rows_of_process(parts.mesh, size)
+        host_batches = data.train_batches(
+            batch_size=size,
+            seed=config.seed,
+            start_step=progress.step,
+            num_steps=config.train.steps - progress.step,
+            rows=(first, count),
+            prefetch=config.data.prefetch,
+        )
+        watchdog = distributed.Watchdog(config.train.watchdog_secs)
+        recorder.restart_clock()
         for host_batch in host_batches:
             watchdog.beat("training", progress.step)
             batch = batches.put(host_batch, parts.mesh, size, first)
@@ -146,7 +148,7 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
                 figures = evaluator.score(progress.state, data, most)
                 recorder.held_out(progress.step, figures)
                 recorder.restart_clock()
-    watchdog.stop()
+        watchdog.stop()
 
 
 def bytes_per_token(data: Any, split: str) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.errors import RunError
 from moe_jax.observe import flops
 from moe_jax.observe.console import Console
-from moe_jax.observe.writers import MetricsFile, TensorBoard
+from moe_jax.observe.writers import MetricsFile, TensorBoard, read_metrics
 from moe_jax.parallel import distributed
 from moe_jax.train import workdir as workdirs
 from moe_jax.train.setup import Parts
@@ -36,9 +36,10 @@ class Recorder:
         self.console = Console(
             config.train.steps, self._primary, config.log.every, start_step
         )
+        self._path = os.path.join(workdir, workdirs.METRICS_FILE)
         self._file = self._board = None
         if self._primary:
-            self._file = MetricsFile(os.path.join(workdir, workdirs.METRICS_FILE))
+            self._file = MetricsFile(self._path)
             self._file.cut_back(start_step)
             if config.log.tensorboard:
                 folder = os.path.join(workdir, "tensorboard")
@@ -53,11 +54,6 @@ class Recorder:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since = time.perf_counter()
         self._bad_in_a_row = 0
-        self.seconds = 0.0
-        self.tokens = 0
-        self.drops = 0
-        self.skipped = 0
-        self.losses: dict[str, float] = {}
 
     def restart_clock(self) -> None:
         """Leaves out what happened since the last step (evaluation, saving)."""
@@ -86,11 +82,6 @@ class Recorder:
 
     def _record(self, step: int, values: dict[str, Any], seconds: float) -> None:
         rate = self._tokens_per_step / seconds
-        self.seconds += seconds
-        self.tokens += self._tokens_per_step
-        self.drops += int(values.get("dropped", 0))
-        self.skipped += int(values["skipped"])
-        self.losses["first" if not self.losses else "last"] = float(values["loss"])
         figures = {
             name: np.asarray(v).item()
             for name, v in values.items()
@@ -150,6 +141,21 @@ class Recorder:
         if self._board is not None:
             scalars = {f"held_out/{name}": v for name, v in figures.items()}
             self._board.scalars(step, scalars)
+
+    def totals(self) -> dict[str, Any]:
+        """Figures of the whole run, earlier processes included; primary only."""
+        lines = read_metrics(self._path) if self._file is not None else []
+        if not lines:
+            return {}
+        add_up = lambda name: sum(line.get(name) or 0 for line in lines)
+        seconds = add_up("step_ms") / 1000
+        return {
+            "losses": {"first": lines[0]["loss"], "last": lines[-1]["loss"]},
+            "seconds": seconds,
+            "tokens_per_second": self._tokens_per_step * len(lines) / seconds,
+            "drops": add_up("drops"),
+            "skipped_steps": add_up("skipped"),
+        }
 
     def close(self) -> None:
         self.console.close()

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from moe_jax import models
 from moe_jax.config import Config
+from moe_jax.errors import UserError
 from moe_jax.models.base import Model
-from moe_jax.parallel import batches, mesh
+from moe_jax.parallel import batches, mesh, rules
 from moe_jax.train import optimizers, schedules, state, step
 from moe_jax.train.state import TrainState
 
@@ -49,9 +50,10 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
     """Builds the parts over `devices` (default: all). Allocates nothing.
 
     Raises:
-      UserError: the mesh does not fit the devices.
+      UserError: the mesh does not fit the devices, or the batch the mesh.
     """
     device_mesh = mesh.make_mesh(config.mesh, devices)
+    _check_batch(config, device_mesh)
     model = models.build(config.model)
     schedule = schedules.make_schedule(config.schedule, config.train.steps)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule)
@@ -67,11 +69,22 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
     )
 
 
+def _check_batch(config: Config, device_mesh: Mesh) -> None:
+    # `validate` does not know how many devices data=-1 stands for.
+    micro = config.train.batch_size // config.train.accumulation
+    shards = rules.size(device_mesh, "batch")
+    if micro % shards:
+        raise UserError(
+            f"--config.train.batch_size={config.train.batch_size} / accumulation="
+            f"{config.train.accumulation} = {micro} rows cannot be split over "
+            f"{shards} shards (data * fsdp * expert on {device_mesh.size} devices); "
+            f"set batch_size to a multiple of {shards * config.train.accumulation}"
+        )
+
+
 def fresh_state(parts: Parts) -> TrainState:
     """Initial values, made where they will lie; the same on every mesh."""
-    make = lambda key: state.init_state(
-        parts.config, parts.model, parts.optimizer, key
-    )
+    make = lambda key: state.init_state(parts.config, parts.model, parts.optimizer, key)
     with jax.set_mesh(parts.mesh):
         key = jax.random.key(parts.config.seed)
         return jax.jit(make, out_shardings=parts.shardings)(key)

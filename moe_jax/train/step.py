@@ -10,7 +10,7 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.base import Model
 from moe_jax.moe import health
-from moe_jax.moe.routing import EVAL, TRAIN, Mode, MoEAux, Override
+from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
 from moe_jax.objectives import OBJECTIVES
 from moe_jax.parallel import rules
 from moe_jax.train import optimizers

@@ -111,8 +111,6 @@ def claim(workdir: str, config: Config) -> None:
     """
     try:
         os.makedirs(workdir, exist_ok=True)
-        write_atomically(
-            os.path.join(workdir, CONFIG_FILE), config_lib.to_json(config)
-        )
+        write_atomically(os.path.join(workdir, CONFIG_FILE), config_lib.to_json(config))
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from None

@@ -27,7 +27,7 @@ class Constant(_Warmup):
 
 @config.node
 class Cosine(_Warmup):
-    """Warm-up, then half a cosine down to `final` at the last step.
+    """Warm-up, then half a cosine down to `final`, reached just after the last step.
 
     Attributes:
       final: factor of the peak rate at the end.

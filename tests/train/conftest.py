@@ -2,26 +2,43 @@
 
 import pathlib
 
-import jax
+import numpy as np
 import pytest
 
 from moe_jax.cli import config_file
+from moe_jax.config import MeshConfig
+from moe_jax.tree import named_leaves
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 
 
-@pytest.fixture
-def tiny():
-    """The config of `end_to_end/tiny.py`, one device."""
-    config = config_file.load(str(TINY))
-    config.mesh.expert = 1
-    config.mesh.data = 1
-    return config
+@pytest.fixture(scope="session")
+def make_tiny():
+    """`make_tiny(expert=2)`: the config of `end_to_end/tiny.py` on that mesh."""
+
+    def make(**mesh):
+        config = config_file.load(str(TINY))
+        config.mesh = MeshConfig(**{"data": 1, **mesh})
+        return config
+
+    return make
 
 
 @pytest.fixture
-def x64():
-    """64-bit types while the test runs."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
+def tiny(make_tiny):
+    """The config of `end_to_end/tiny.py` on one device."""
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def same_bits():
+    """Whether two trees have the same leaves, bit for bit, NaNs included."""
+
+    def compare(a, b):
+        bits = lambda tree: {
+            name: (leaf.shape, str(leaf.dtype), np.asarray(leaf).tobytes())
+            for name, leaf in named_leaves(tree).items()
+        }
+        return bits(a) == bits(b)
+
+    return compare

@@ -394,7 +394,7 @@ def to_dict(value: Any) -> Any:
 
 
 def _class_named(name: str) -> type[Node]:
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = str(name).rpartition(".")
     if module.split(".")[0] != "moe_jax":
         raise UserError(f"config class {name!r}: only classes of moe_jax are loaded")
     try:

@@ -47,7 +47,7 @@ def read_config(workdir: str) -> Config:
             f"--workdir={workdir}: no {CONFIG_FILE} there, so no run of moe-jax "
             "train; name the folder that was given to train"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

@@ -80,7 +80,7 @@ def read_workdir_config() -> Config:
     config = workdir.read_config(FLAGS.workdir)
     if FLAGS.mesh:
         config.mesh = parse_mesh(FLAGS.mesh)
-    return config_lib.validate(config)
+    return _validated(config)
 
 
 def parse_mesh(text: str) -> config_lib.MeshConfig:
@@ -116,22 +116,33 @@ def start_hosts(config: Config) -> None:
     )
 
 
+def _allowed_types(annotation: Any) -> tuple[type, ...]:
+    """The types a field takes, the one to name in a message last; (): any."""
+    origin = typing.get_origin(annotation) or annotation
+    if origin in (tuple, bool, int, str):
+        return (origin,)
+    if origin is float:
+        return (int, float)
+    kinds = typing.get_args(annotation) or (annotation,)
+    if any(isinstance(kind, type) and issubclass(kind, Node) for kind in kinds):
+        return tuple(reversed(kinds))  # `X | None`
+    return ()
+
+
 def _type_problems(value: Node, path: str) -> Iterator[str]:
     # Values from a config file have no type yet; a rule that compares a string
     # with a number would end in a stack trace.
     if not dataclasses.is_dataclass(value):
         yield f"{path}={type(value).__name__}(): a base class; choose one below it"
         return
-    simple = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        kind = typing.get_origin(field.type) or field.type
-        allowed = (tuple,) if kind is tuple else simple.get(kind)
-        wrong_bool = isinstance(item, bool) and kind in (int, float)
+        allowed = _allowed_types(field.type)
+        wrong_bool = isinstance(item, bool) and bool not in allowed
         if allowed and (wrong_bool or not isinstance(item, allowed)):
             yield (
-                f"{path}.{field.name}={item!r}: must be of type {kind.__name__}, "
-                f"not {type(item).__name__}"
+                f"{path}.{field.name}={item!r}: must be of type "
+                f"{allowed[-1].__name__}, not {type(item).__name__}"
             )
     for child_path, child in config_lib.children(value, path):
         yield from _type_problems(child, child_path)
@@ -149,6 +160,10 @@ def load_config() -> Config:
             "--config is missing: name a config file, for example "
             "--config=configs/quickstart.py"
         )
+    return _validated(config)
+
+
+def _validated(config: Config) -> Config:
     problems = list(_type_problems(config, "config"))
     if problems:
         raise UserError("\n  --".join(["wrong types in the config:", *problems]))

@@ -49,8 +49,8 @@ def _fresh(parts: Parts) -> tuple[TrainState, list[str]]:
     source = parts.config.train.warm_start
     if not source:
         return setup.fresh_state(parts), []
-    state = setup.fresh_state(parts)
     params = load_params(parts, source)
+    state = setup.fresh_state(parts)
     trainable, frozen = optimizers.split(parts.config.optimizer, params)
     # A copy: the step donates both.
     ema = None if state.ema is None else jax.tree.map(lambda a: a.copy(), trainable)

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.cli import config_file
 from moe_jax.config import MeshConfig
+from moe_jax.train.schedules import Constant
 from moe_jax.tree import named_leaves
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
@@ -19,6 +20,20 @@ def make_tiny():
     def make(**mesh):
         config = config_file.load(str(TINY))
         config.mesh = MeshConfig(**{"data": 1, **mesh})
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sharded(make_tiny):
+    """Makes the config of the tests on eight devices: one program for all of them."""
+
+    def make():
+        config = make_tiny(data=2, fsdp=2, expert=2)
+        config.train.ema_decay = 0.75
+        # A program does not depend on the length of the run.
+        config.schedule = Constant(warmup_steps=5)
         return config
 
     return make

@@ -142,7 +142,7 @@ def test_adafactor_learns_with_factored_moments():
 
     @jax.jit
     def step(params, state):
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params, step=0)
         return optax.apply_updates(params, updates), state
 
     for _ in range(60):

@@ -24,6 +24,7 @@ def gradients(config, state, batch):
         return jax.device_get(run(state, batch))
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_gradient(tiny, float64):
     tiny = with_dtype(tiny, "float64")
     tiny.model.feed_forward.dispatch = DenseDispatch()
@@ -50,9 +51,9 @@ def test_accumulation_does_not_change_the_gradient(tiny, float64):
     counts_le = whole.aux.health["counts"]
     assert counts_le.sum() == 2 * 2 * (batch["segments"] > 0).sum()
     np.testing.assert_array_equal(cut.aux.health["counts"], counts_le)
-    assert named_leaves(cut.observations).keys() == named_leaves(
-        whole.observations
-    ).keys()
+    assert (
+        named_leaves(cut.observations).keys() == named_leaves(whole.observations).keys()
+    )
     for name, value in named_leaves(whole.observations).items():
         np.testing.assert_array_equal(named_leaves(cut.observations)[name], value)
 
@@ -75,10 +76,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(make_tiny):
-    config = make_tiny(data=2, fsdp=2, expert=2)
-    config.train.ema_decay = EMA_DECAY
-    parts = setup.make_parts(config)
+def run(make_sharded):
+    parts = setup.make_parts(make_sharded())
+    assert parts.config.train.ema_decay == EMA_DECAY
     return Run(parts, setup.compile_step(parts))
 
 
@@ -90,6 +90,7 @@ def begun(run):
     return jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_moments_lie_where_their_parameters_lie(run):
     """Without explicit shardings jit replicates what `optimizer.init` makes."""
     fresh = setup.fresh_state(run.parts)

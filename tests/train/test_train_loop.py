@@ -1,0 +1,206 @@
+"""Whole runs in this process: one compilation, bad steps, resuming, warm start."""
+
+import dataclasses
+import json
+import logging
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import MeshConfig
+from moe_jax.data import pipeline
+from moe_jax.errors import RunError, UserError
+from moe_jax.infer import load
+from moe_jax.observe.writers import read_metrics
+from moe_jax.train import loop, restore, setup
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    rng = random.Random(0)
+    words = "the router sends every token to two experts".split()
+    lines = (" ".join(rng.choices(words, k=8)) for _ in range(300))
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_config(make_sharded, text_file):
+    def make(**train):
+        config = make_sharded()
+        config.data.source.path = str(text_file)
+        config.data.folder = str(text_file.parent / "cache")
+        config.train.steps = STEPS
+        config.eval.every, config.eval.samples = 4, 0
+        config.log.every = 2
+        for name, value in train.items():
+            setattr(config.train, name, value)
+        return config
+
+    return make
+
+
+@dataclasses.dataclass
+class Finished:
+    folder: str
+    status: int
+    compilations: list[str]
+
+
+class _Messages(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, tmp_path_factory):
+    """A run of six steps with an evaluation and two checkpoints on the way."""
+    folder = str(tmp_path_factory.mktemp("run"))
+    messages, logger = _Messages(), logging.getLogger("jax")
+    logger.addHandler(messages)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        status = loop.train(make_config(), folder)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        logger.removeHandler(messages)
+    pattern = r"^Compiling (jit\()?train_step\b"
+    found = [text for text in messages.texts if re.match(pattern, text)]
+    assert any("Compiling" in text for text in messages.texts)
+    return Finished(folder, status, found)
+
+
+def lines(folder):
+    return read_metrics(f"{folder}/metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_the_step_is_compiled_once(finished):
+    assert finished.status == 0
+    assert [line["step"] for line in lines(finished.folder)] == list(range(1, 7))
+    assert len(finished.compilations) == 1, finished.compilations
+
+
+def bad_steps(monkeypatch, *bad):
+    """Gives one weight of the batches of these steps the value inf."""
+    original = pipeline.TextData.train_batches
+
+    def batches(self, **options):
+        for step, batch in enumerate(
+            original(self, **options), options["start_step"] + 1
+        ):
+            if step in bad:
+                batch["weights"] = batch["weights"].copy()
+                batch["weights"][0, 0] = np.inf
+            yield batch
+
+    monkeypatch.setattr(pipeline.TextData, "train_batches", batches)
+
+
+def test_bad_steps_are_skipped_and_counted(make_config, tmp_path, monkeypatch, capsys):
+    bad_steps(monkeypatch, 2, 4, 5)
+    assert loop.train(make_config(max_skipped=3), str(tmp_path)) == 0
+    found = lines(tmp_path)
+    assert [n for n, line in enumerate(found, 1) if line["skipped"]] == [2, 4, 5]
+    assert found[1]["loss"] is None, "JSON has no NaN"
+    assert np.isfinite(found[5]["loss"])
+    assert "step 4: not finite, skipped; nothing was changed" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["skipped_steps"] == 3
+
+
+def test_too_many_bad_steps_end_the_run(make_config, tmp_path, monkeypatch):
+    bad_steps(monkeypatch, 1, 3, 4)
+    with pytest.raises(RunError, match="step 4: 2 steps in a row were not finite"):
+        loop.train(make_config(max_skipped=2), str(tmp_path))
+
+
+def test_policy_stop_ends_at_the_first_bad_step(make_config, tmp_path, monkeypatch):
+    bad_steps(monkeypatch, 5)
+    with pytest.raises(RunError, match="step 5: the loss or a gradient is not finite"):
+        loop.train(make_config(nan_policy="stop"), str(tmp_path))
+    assert len(lines(tmp_path)) == 5
+    config = make_config()
+    found = Checkpoints(f"{tmp_path}/checkpoints", config.checkpoint, read_only=True)
+    assert found.steps() == [3]
+
+
+def test_a_resumed_run_on_another_mesh_has_the_same_bits(
+    finished, make_config, same_bits
+):
+    original = load.load(finished.folder, make_config())
+    assert int(original.state.step) == STEPS
+    config = make_config()
+    for mesh in (
+        MeshConfig(data=1, fsdp=2, expert=4),
+        MeshConfig(data=4, tensor=2),
+    ):
+        config.mesh = mesh
+        parts = setup.make_parts(config)
+        checkpoints = Checkpoints(f"{finished.folder}/checkpoints", config.checkpoint)
+        state, notes = restore.begin(parts, pipeline.prepare(config), checkpoints)
+        checkpoints.close()
+        assert notes == ["going on from step 6"]
+        assert same_bits(state, original.state)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        assert places == parts.shardings
+
+
+def test_other_text_is_refused(finished, make_config, tmp_path):
+    (tmp_path / "text.txt").write_text("something else entirely\n" * 99)
+    config = make_config()
+    config.data.source.path = str(tmp_path / "text.txt")
+    checkpoints = Checkpoints(f"{finished.folder}/checkpoints", config.checkpoint)
+    with pytest.raises(UserError, match="the text is not the one this run was"):
+        restore.begin(setup.make_parts(config), pipeline.prepare(config), checkpoints)
+    checkpoints.close()
+
+
+def test_warm_start_takes_the_parameters_only(
+    finished, make_config, tmp_path, same_bits
+):
+    original = load.load(finished.folder, make_config()).state
+    config = make_config(warm_start=finished.folder)
+    parts = setup.make_parts(config)
+    checkpoints = Checkpoints(str(tmp_path), config.checkpoint)
+    state, notes = restore.begin(parts, pipeline.prepare(config), checkpoints)
+    checkpoints.close()
+    assert notes == [f"parameters from {finished.folder}"]
+    assert int(state.step) == 0
+    assert same_bits(state.params, original.params)
+    assert same_bits(state.ema, original.params), "the average begins at them"
+    fresh = setup.fresh_state(parts)
+    assert same_bits(state.opt_state, fresh.opt_state)
+    assert same_bits(state.router_state, fresh.router_state)
+    assert not same_bits(fresh.params, original.params)
+
+
+def test_warm_start_needs_a_run_of_the_same_shapes(finished, make_config, tmp_path):
+    for source, message in (
+        (str(tmp_path), "no config.json there"),
+        (finished.folder, "does not fit this config"),
+    ):
+        config = make_config(warm_start=source)
+        config.model.feed_forward.experts.d_ff = 64
+        checkpoints = Checkpoints(str(tmp_path / "new"), config.checkpoint)
+        with pytest.raises(UserError, match=message):
+            restore.begin(setup.make_parts(config), None, checkpoints)
+        checkpoints.close()
+
+
+def test_a_finished_run_only_ends_again(finished, make_config, capsys):
+    before = lines(finished.folder)
+    assert loop.train(make_config(), finished.folder) == 0
+    assert lines(finished.folder) == before
+    assert "going on from step 6" in capsys.readouterr().out

@@ -88,7 +88,13 @@ def select(
     )
     if "bias" in router_state:
         choice_te = choice_te + router_state["bias"]
+    if override is not None and override.expert_mask is not None:
+        # After the bias, which would lift a pruned expert's probability of zero.
+        choice_te = jnp.where(override.expert_mask, choice_te, -jnp.inf)
     expert_tk, valid_tk = choose(options, choice_te, logits_te.shape[0], override)
+    if override is not None and override.expert_mask is not None:
+        # Where fewer than K are left, or a replay names a pruned one.
+        valid_tk = valid_tk & jnp.take(override.expert_mask, expert_tk)
     if options.softmax == "before":
         weight_tk = jnp.take_along_axis(probs_te, expert_tk, axis=-1)
         if options.renormalize:

@@ -165,9 +165,10 @@ class DecoderModel:
         shape = (batch, length, options.kv_heads, options.width_per_head)
         cache: dict[str, Any] = {}
         for name, seg in self._named_segments():
-            zeros = jnp.zeros((seg.repeats, *shape), options.dtype)
+            # An array of its own each: the caller may donate them.
+            zeros = lambda n=seg.repeats: jnp.zeros((n, *shape), options.dtype)
             cache[name] = {
-                block: KVCache(keys=zeros, values=zeros)
+                block: KVCache(keys=zeros(), values=zeros())
                 for block, _ in _named_blocks(seg)
             }
         return cache
@@ -266,7 +267,8 @@ class DecoderModel:
             leaf.size * self._share(name)
             for name, leaf in self._shapes().items()
             # A lookup costs nothing; a tied matrix is multiplied at the output.
-            if name != "embedding" or options.tie_embeddings
+            if (name != "embedding" or options.tie_embeddings)
+            and not name.endswith("/scale")
         )
         heads = options.num_layers * options.num_heads * options.width_per_head
         return 6 * active + 6 * heads * sequence_length

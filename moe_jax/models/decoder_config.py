@@ -115,10 +115,13 @@ class Decoder(config.ModelConfig):
 
     def _moe_problems(self, path):
         options = self.feed_forward
-        if isinstance(options, MoE) and options.first_dense >= self.num_layers:
+        if not isinstance(options, MoE):
+            return
+        if self.num_layers < max(0, options.first_dense) + max(1, options.every):
             yield (
-                f"{path}.feed_forward.first_dense={options.first_dense} leaves no "
-                f"block for experts: {path}.num_layers={self.num_layers}"
+                f"{path}.feed_forward.first_dense={options.first_dense} and "
+                f"every={options.every} leaves no block for experts: "
+                f"{path}.num_layers={self.num_layers}"
             )
 
     def _mesh_problems(self, path, mesh):

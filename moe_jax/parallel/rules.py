@@ -46,10 +46,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def size(mesh: Any, axis: str) -> int:
-    """Devices over which a logical axis is split."""
+    """Devices over which a logical axis is split; 1 without a mesh."""
     total = 1
     for name in RULES[axis]:
-        total *= mesh.shape[name]
+        total *= mesh.shape.get(name, 1)
     return total
 
 

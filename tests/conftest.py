@@ -1,0 +1,44 @@
+"""Eight fake CPU devices, one compilation cache for the session, meshes, float64."""
+
+# ruff: noqa: I001
+import moe_jax  # noqa: F401  Before jax: it sizes the thread pool of the CPU client.
+import contextlib
+import math
+
+import jax
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.parallel import mesh as mesh_lib
+
+if jax.config.jax_num_cpu_devices != 8:
+    with contextlib.suppress(RuntimeError):  # Something has counted devices already.
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that several tests compile are compiled once a session."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+@pytest.fixture
+def float64():
+    """The test runs in double precision; all others stay in single."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def axes_mesh():
+    """`axes_mesh(data=2, expert=4)`: a mesh of the trainer's five axes."""
+
+    def make(**sizes):
+        sizes = {"data": 1, **sizes}
+        devices = jax.devices()[: math.prod(sizes.values())]
+        return mesh_lib.make_mesh(MeshConfig(**sizes), devices)
+
+    return make

@@ -34,7 +34,7 @@ def main() -> int:
     from moe_jax.train.evaluate import Evaluator
 
     data = pipeline.prepare(config)
-    loaded = load.load(FLAGS.workdir, config, FLAGS.step)
+    loaded = load.load(FLAGS.workdir, config, FLAGS.step, data.content_hash)
     for note in loaded.notes:
         print(note, file=sys.stderr)
     evaluator = Evaluator(loaded.parts, loop.bytes_per_token(data, "validation"))

@@ -1,9 +1,9 @@
 """A trained model from its workdir."""
 
 import dataclasses
-from typing import Any
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.train import setup, workdir
 from moe_jax.train.setup import Parts
@@ -19,17 +19,20 @@ class Loaded:
     notes: list[str]
 
 
-def load(folder: str, config: Any, step: int = 0) -> Loaded:
+def load(folder: str, config: Config, step: int = 0, content_hash: str = "") -> Loaded:
     """Restores a run onto the mesh of `config`.
 
     Args:
       folder: the workdir.
       config: as `workdir.read_config` gave it, with another mesh where wanted.
       step: which checkpoint; 0: the newest good one.
+      content_hash: of the text to be scored, if any.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged.
+      UserError: there is no checkpoint, it is damaged, or it was trained on another
+        text, whose training part may hold what is held out now.
     """
+    setup.use_compilation_cache(config)
     parts = setup.make_parts(config)
     where = workdir.checkpoint_folder(folder, config)
     checkpoints = Checkpoints(where, config.checkpoint, read_only=True)
@@ -39,5 +42,13 @@ def load(folder: str, config: Any, step: int = 0) -> Loaded:
         checkpoints.close()
     if found is None:
         raise UserError(f"--workdir={folder}: there is no checkpoint yet")
+    trained_on = found.data.get("content_hash")
+    if content_hash and trained_on != content_hash:
+        raise UserError(
+            f"--workdir={folder}: the text is not the one this run was trained on "
+            f"(content hash {str(trained_on)[:12]} then, {content_hash[:12]} now), so "
+            "what is held out now may have been trained on; bring back the text (for "
+            "python_source: the same Python)"
+        )
     notes = [*found.notes, f"checkpoint of step {found.step}"]
     return Loaded(parts=parts, state=found.state, notes=notes)

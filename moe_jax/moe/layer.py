@@ -226,15 +226,23 @@ class MoELayer(nnx.Module):
             condition=jax.tree.map(flat, condition),
         )
         state = self.init_router_state() if router_state is None else router_state
+        # Two methods that draw from one key would be correlated.
+        fold = lambda room: None if key is None else jax.random.fold_in(key, room)
         with jax.named_scope("router"):
             if carry is None:
                 carry = self.scorer.init_carry(
                     self.options.scorer, tokens.features.shape[0]
                 )
-            logits_te, carry = self.scorer(tokens, carry, key, mode)
+            logits_te, carry = self.scorer(tokens, carry, fold(0), mode)
             select = SELECTORS[type(self.options.selector)]
             routing = select(
-                self.options.selector, logits_te, tokens, state, mode, override, key
+                self.options.selector,
+                logits_te,
+                tokens,
+                state,
+                mode,
+                override,
+                fold(1),
             )
         y, stats = self._dispatch(x, routing)
         if self.options.shared_d_ff:

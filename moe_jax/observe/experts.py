@@ -19,7 +19,7 @@ def expert_table(
 
     Args:
       counts_le: tokens each expert served, (layers, experts).
-      tokens_le: ids of its most frequent tokens, (layers, experts, top); negative
+      tokens_le: ids of the tokens that mark it, (layers, experts, top); negative
         ids are left out. None shows loads only.
       decode: ids to text.
       most: experts shown per layer; of more, the busiest.
@@ -29,7 +29,7 @@ def expert_table(
       an equal share, so 1.00 is perfect balance.
     """
     counts_le = np.asarray(counts_le)
-    lines = ["Experts: load (1.00 is an equal share) and their most frequent tokens"]
+    lines = ["Experts: load (1.00 is an equal share) and the tokens that mark them"]
     for layer, counts_e in enumerate(counts_le):
         tokens_e = None if tokens_le is None else np.asarray(tokens_le)[layer]
         lines.extend(_layer_lines(layer, counts_e, tokens_e, decode, most))

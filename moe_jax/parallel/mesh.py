@@ -47,8 +47,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
         raise UserError(
             f"--config.mesh needs {need} devices ({shown}) but there are "
             f"{len(devices)} of kind {devices[0].device_kind!r}; the product of the "
-            "axes must be the number of devices (data=-1 takes what remains). On a "
-            "CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them"
+            "axes must be the number of devices (data=-1 takes what remains): set "
+            "them so, on one device all to 1. On a CPU, "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N makes N devices"
         )
     shape = tuple(sizes[a] for a in AXES)
     return jax.sharding.Mesh(

@@ -42,7 +42,7 @@ def show(
         f"done: {progress.step} steps; next, try\n"
         f"  moe-jax generate --workdir={folder} --prompt='def '\n"
         f"  moe-jax eval --workdir={folder}\n"
-        f"  tensorboard --logdir={folder}/tensorboard"
+        f"  pip install tensorboard && tensorboard --logdir={folder}/tensorboard"
     )
     return {
         "step": progress.step,

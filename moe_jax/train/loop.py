@@ -5,8 +5,6 @@ import os
 import time
 from typing import Any
 
-import jax
-
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import pipeline
@@ -36,13 +34,6 @@ class Progress:
     stopped_by: str = ""
 
 
-def use_compilation_cache(config: Config) -> None:
-    """Keeps compiled programs on disk, so that a second start is quick."""
-    if config.train.compilation_cache:
-        folder = os.path.expanduser(config.train.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", folder)
-
-
 def check_vocabulary(config: Config, data: Any) -> None:
     """Raises UserError where the tokenizer has more ids than the model."""
     if data.vocab_size > config.model.vocab_size:
@@ -60,7 +51,7 @@ def train(config: Config, folder: str) -> int:
       UserError: what the user can mend.
       RunError: the run cannot go on.
     """
-    use_compilation_cache(config)
+    setup.use_compilation_cache(config)
     data = pipeline.prepare(config)
     check_vocabulary(config, data)
     parts = setup.make_parts(config)

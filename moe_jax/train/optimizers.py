@@ -46,7 +46,7 @@ NO_DECAY = (ParamGroup(pattern=r"(^|/|_)norm/scale$", decay=False),)
 
 
 @config.node
-class _Optimizer(config.OptimizerConfig):
+class BaseOptimizer(config.OptimizerConfig):
     """What all optimizers have.
 
     Attributes:
@@ -70,7 +70,7 @@ class _Optimizer(config.OptimizerConfig):
 
 
 @config.node
-class AdamW(_Optimizer):
+class AdamW(BaseOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
     Attributes:
@@ -84,14 +84,14 @@ class AdamW(_Optimizer):
     eps: float = 1e-8
 
     def problems(self, path, root):
-        yield from _Optimizer.problems(self, path, root)
+        yield from BaseOptimizer.problems(self, path, root)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{path}.{name}={getattr(self, name)}: must lie in [0, 1)"
 
 
 @config.node
-class Adafactor(_Optimizer):
+class Adafactor(BaseOptimizer):
     """Adafactor (Shazeer and Stern 2018): factored second moments, no first one.
 
     Attributes:
@@ -105,7 +105,7 @@ class Adafactor(_Optimizer):
     min_dim: int = 128
 
     def problems(self, path, root):
-        yield from _Optimizer.problems(self, path, root)
+        yield from BaseOptimizer.problems(self, path, root)
         if not 0 < self.decay_rate < 1:
             yield f"{path}.decay_rate={self.decay_rate}: must lie in (0, 1)"
         if self.update_clip <= 0 or self.min_dim < 1:
@@ -170,10 +170,27 @@ def merge(trainable: Params, frozen: Params) -> Params:
     return merged
 
 
+def _scale_by_rate(peak: float, schedule: optax.Schedule):
+    """Multiplies by minus the rate of `step`, an extra argument of `update`.
+
+    A count of its own would stay behind where the NaN guard skips a step.
+    """
+
+    def update(updates, state, params=None, *, step, **others):
+        rate = -peak * schedule(step)
+        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), state
+
+    init = lambda params: optax.EmptyState()
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(
     options: config.OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """Clip, scale by moments, decay, scale by the rate; groups by path."""
+) -> optax.GradientTransformationExtraArgs:
+    """Clip, scale by moments, decay, scale by the rate; groups by path.
+
+    Its `update` takes the number of steps done before as `step`.
+    """
 
     def scale_by_group(updates, params=None):
         rates = _by_group(options, updates, lambda group: group.rate)
@@ -186,8 +203,7 @@ def make_optimizer(
     steps.append(OPTIMIZERS[type(options)](options))
     if options.weight_decay:
         steps.append(optax.add_decayed_weights(options.weight_decay, mask=decayed))
-    peak = options.learning_rate
-    steps.append(optax.scale_by_learning_rate(lambda step: peak * schedule(step)))
+    steps.append(_scale_by_rate(options.learning_rate, schedule))
     if any(group.rate != 1.0 for group in options.groups):
         steps.append(optax.stateless(scale_by_group))
     return optax.chain(*steps)

@@ -7,7 +7,7 @@ from moe_jax import config
 
 
 @config.node
-class _Warmup(config.ScheduleConfig):
+class BaseSchedule(config.ScheduleConfig):
     """Attributes: warmup_steps, steps of linear growth from 0."""
 
     warmup_steps: int = 100
@@ -21,12 +21,12 @@ class _Warmup(config.ScheduleConfig):
 
 
 @config.node
-class Constant(_Warmup):
+class Constant(BaseSchedule):
     """Warm-up, then the peak rate."""
 
 
 @config.node
-class Cosine(_Warmup):
+class Cosine(BaseSchedule):
     """Warm-up, then half a cosine down to `final`, reached just after the last step.
 
     Attributes:
@@ -36,12 +36,12 @@ class Cosine(_Warmup):
     final: float = 0.1
 
     def problems(self, path, root):
-        yield from _Warmup.problems(self, path, root)
+        yield from BaseSchedule.problems(self, path, root)
         yield from _final_problems(self.final, path)
 
 
 @config.node
-class WarmupStableDecay(_Warmup):
+class WarmupStableDecay(BaseSchedule):
     """Warm-up, the peak rate, and a decay `1 - sqrt(t)` (Haegele et al. 2024).
 
     Attributes:
@@ -53,7 +53,7 @@ class WarmupStableDecay(_Warmup):
     final: float = 0.0
 
     def problems(self, path, root):
-        yield from _Warmup.problems(self, path, root)
+        yield from BaseSchedule.problems(self, path, root)
         yield from _final_problems(self.final, path)
         if not 0 < self.decay_fraction <= 1:
             yield f"{path}.decay_fraction={self.decay_fraction}: must lie in (0, 1]"

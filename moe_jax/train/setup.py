@@ -1,6 +1,7 @@
 """From a config to the parts of a run: mesh, model, optimizer, state."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -44,6 +45,13 @@ class Parts:
     def eval_batch_size(self) -> int:
         """Rows of an evaluation batch: one micro-batch."""
         return self.config.train.batch_size // self.config.train.accumulation
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Keeps compiled programs on disk, so that a second start is quick."""
+    if config.train.compilation_cache:
+        folder = os.path.expanduser(config.train.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_parts(config: Config, devices: list | None = None) -> Parts:

@@ -1,5 +1,6 @@
 """The train step: pure functions; `make_step` jits them with donated state."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ def compute_gradients(
             state.params, micro, jax.random.fold_in(key, index)
         )
         new = (value, found.nll, grads, found.observations, found.aux)
-        return jax.tree.map(jnp.add, carry, new) if carry is not None else new, None
+        return new if carry is None else _add(carry, new), None
 
     if count == 1:
         sums, _ = one(None, (batch, 0))
@@ -136,31 +137,38 @@ def _first(tree):
     return jax.tree.map(lambda x: x[0], tree)
 
 
+def _add(total: Any, new: Any) -> Any:
+    """Sums of two micro-batches' results; of rounds and fill the larger."""
+    summed = jax.tree.map(jnp.add, total, new)
+    *rest, aux = summed
+    if aux is None:
+        return summed
+    a, b = total[-1].stats, new[-1].stats
+    stats = dataclasses.replace(
+        aux.stats,
+        rounds=jnp.maximum(a.rounds, b.rounds),
+        peak_fill=jnp.maximum(a.peak_fill, b.peak_fill),
+        capacity=b.capacity,
+    )
+    return (*rest, dataclasses.replace(aux, stats=stats))
+
+
 def _mean_losses(aux: MoEAux | None, count: int) -> MoEAux | None:
-    """Summed aux of `count` micro-batches: means of what is a mean."""
+    """Of the summed aux of `count` micro-batches: means of what is a mean."""
     if aux is None or count == 1:
         return aux
     mean = lambda x: x / count if jnp.issubdtype(x.dtype, jnp.floating) else x
-    stats = aux.stats
-    return MoEAux(
+    return dataclasses.replace(
+        aux,
         losses=jax.tree.map(mean, aux.losses),
         health=jax.tree.map(mean, aux.health),
-        stats=type(stats)(
-            assignments=stats.assignments,
-            dropped=stats.dropped,
-            rounds=-(-stats.rounds // count),
-            peak_fill=-(-stats.peak_fill // count),
-            capacity=stats.capacity // count,
-        ),
-        observation=aux.observation,
-        routing=None,
     )
 
 
 def apply_gradients(
     config: Config,
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     state: TrainState,
     found: Gradients,
 ) -> tuple[TrainState, jax.Array]:
@@ -170,7 +178,9 @@ def apply_gradients(
     """
     norm = optax.global_norm(found.grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
-    updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(
+        found.grads, state.opt_state, state.params, step=state.step
+    )
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
@@ -223,7 +233,7 @@ def step_metrics(found: Gradients, norm: jax.Array, rate: jax.Array) -> Metrics:
 def make_step(
     config: Config,
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     shardings: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

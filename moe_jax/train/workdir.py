@@ -107,7 +107,8 @@ def claim(workdir: str, config: Config) -> None:
     """Makes the folder and saves the resolved config in it.
 
     Raises:
-      UserError: the folder cannot be made or written.
+      UserError: the folder cannot be made or written, or a class of the config is
+        not one of moe_jax.
     """
     try:
         os.makedirs(workdir, exist_ok=True)

@@ -58,7 +58,7 @@ def test_adamw_as_numpy_does_it():
     norms = []
     for step, size in enumerate([3.0, 0.01, 0.3, 1.0, 0.1]):
         grads, _ = optimizers.split(options, draw(rng, size))
-        updates, state = update_fn(grads, state, params)
+        updates, state = update_fn(grads, state, params, step=step)
         params = optax.apply_updates(params, updates)
 
         flat = {n: np.float64(v) for n, v in named_leaves(grads).items()}
@@ -119,7 +119,8 @@ def test_adafactor_first_step_by_hand():
     rng = np.random.default_rng(3)
     params = {"w": rng.standard_normal((3, 4)).astype(np.float32)}
     grads = {"w": rng.standard_normal((3, 4)).astype(np.float32)}
-    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)(grads, state, params, step=0)
     square = np.float64(grads["w"]) ** 2
     rows, columns = square.mean(1, keepdims=True), square.mean(0, keepdims=True)
     update = grads["w"] / np.sqrt(rows * columns / rows.mean())

@@ -1,6 +1,7 @@
 """A config that trains in seconds: two layers, four experts, text of a file.
 
 `tiny.py:drops` loses assignments, and its router finds all experts equally good.
+`tiny.py:processes` has one expert on each of eight devices and takes four steps.
 """
 
 from moe_jax.config import (
@@ -23,7 +24,7 @@ from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.objectives.next_token import NextToken
 from moe_jax.train.optimizers import AdamW
-from moe_jax.train.schedules import Cosine
+from moe_jax.train.schedules import Constant, Cosine
 
 
 def get_config(variant: str = "") -> Config:
@@ -61,6 +62,11 @@ def get_config(variant: str = "") -> Config:
     if variant == "drops":
         config.model.feed_forward.dispatch = Bucket(capacity_factor=0.25)
         config.model.feed_forward.scorer.init_std = 1e-30
+    elif variant == "processes":
+        config.model.feed_forward.num_experts = config.mesh.expert = 8
+        # Its program does not depend on the number of steps.
+        config.schedule = Constant(warmup_steps=2)
+        config.train.steps, config.checkpoint.every, config.eval.every = 4, 2, 0
     elif variant:
         raise KeyError(variant)
     return config

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,14 @@ from moe_jax.train.schedules import Constant
 from moe_jax.tree import named_leaves
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is compiled here runs for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,60 @@
+"""One run on two processes, its experts spread over both of them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.cli import config_file
+from moe_jax.observe.writers import read_metrics
+from moe_jax.train import loop
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+@pytest.fixture
+def config(commands):
+    """What the processes run, for the eight devices of this process."""
+    config = config_file.load(f"{commands.tiny}:processes")
+    config.data.source.path = str(commands.folder / "text.txt")
+    config.data.folder = str(commands.folder / "cache")
+    config.data.workers = 1
+    return config
+
+
+def test_two_processes_do_what_one_does(commands, config, tmp_path, capsys):
+    two, one = tmp_path / "two", tmp_path / "one"
+    launcher = [sys.executable, str(commands.root / "launch" / "local.py")]
+    options = ["-n", "2", "--devices-per-process=4", "--timeout=200", "--"]
+    argv = commands.train(two, variant="processes")
+    out, _ = commands.run([*launcher, *options, *argv])
+    assert "[0] 2 processes, 8 devices of kind cpu; mesh expert=8" in out
+    assert "[1] " not in out.replace("[1] W", ""), "process 1 is silent"
+    assert (two / "summary.json").exists()
+
+    assert loop.train(config, str(one)) == 0
+    lines, expected = (read_metrics(f / "metrics.jsonl") for f in (two, one))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4], "each written once"
+    for name in ("loss", "total_loss", "grad_norm"):
+        assert lines[0][name] == pytest.approx(expected[0][name], rel=1e-6)
+    losses = [[line["loss"] for line in run] for run in (lines, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    held_out = [
+        json.loads((f / "summary.json").read_text())["held_out"] for f in (two, one)
+    ]
+    assert held_out[0]["tokens"] == held_out[1]["tokens"]
+    assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
+
+    # One process goes on with the checkpoint that two have written.
+    capsys.readouterr()
+    config.train.steps = 6
+    assert loop.train(config, str(two)) == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    lines = read_metrics(two / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert loop.train(config, str(one)) == 0
+    losses = [
+        [line["loss"] for line in read_metrics(f / "metrics.jsonl")] for f in (two, one)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)

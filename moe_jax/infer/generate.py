@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
 from moe_jax.moe.routing import EVAL
+from moe_jax.parallel import rules
 from moe_jax.tree import struct
 
 
@@ -79,7 +80,8 @@ def _advance(
     logits = model.logits(params, hidden[:, -1:])[:, 0]
     logits = jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
     key = jax.random.fold_in(key, start + count)
-    return sample(logits, key, sampling), cache
+    # Every process reads all rows.
+    return rules.constrain(sample(logits, key, sampling), None), cache
 
 
 def stream(

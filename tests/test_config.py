@@ -178,14 +178,13 @@ def test_the_batch_must_split_over_the_mesh(mesh, batch, length, words):
 def test_differences_name_each_leaf():
     old, new = quickstart(), quickstart()
     assert config.differences(old, new) == []
-    new.train.steps = 5
-    new.model.feed_forward.num_experts = 16
-    steps = old.train.steps
+    old.train.steps, new.train.steps = 3, 5
+    old.model.feed_forward.num_experts, new.model.feed_forward.num_experts = 8, 16
     assert config.differences(old, new) == [
         "config.model.feed_forward.num_experts: 8 -> 16",
-        f"config.train.steps: {steps} -> 5",
+        "config.train.steps: 3 -> 5",
     ]
-    new = quickstart()
+    old, new = quickstart(), quickstart()
     new.schedule = None
     (line,) = config.differences(old, new)
     assert line.startswith("config.schedule: Cosine(") and line.endswith("-> None")

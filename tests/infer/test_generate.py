@@ -201,3 +201,24 @@ def test_a_prompt_begins_as_a_document_does():
     assert texts.encode_prompt(tokenizer, "bc") == [1, 2]
     with pytest.raises(ValueError, match="empty prompt"):
         texts.encode_prompt(tokenizer, "")
+
+
+def test_an_end_of_document_within_a_prompt_does_not_end_it(made, greedy_by_hand):
+    model, params, state = made
+    tokenizer = Letters(eos_id=7)
+    ids = [texts.encode_prompt(tokenizer, prompt) for prompt in ("bcd", "bcdhc")]
+    assert 7 in ids[1]
+    want = []
+    for given in ids:
+        new = greedy_by_hand(given, 14 - len(given))[len(given) :]
+        want.append(given + new[: (*new, 7).index(7)])
+    found = texts.write(
+        types.SimpleNamespace(model=model),
+        tokenizer,
+        params,
+        state,
+        ["bcd", "bcdhc"],
+        max_new_tokens=8,
+        sampling=GREEDY,
+    )
+    assert found == [tokenizer.decode(text).decode() for text in want]

@@ -41,7 +41,8 @@ def template(moe):
 def drawn(made, seed):
     """Weights by numpy, which compiles nothing."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(made.init, jax.random.key(0))
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(made.init, jax.random.key(0))
     return jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.4, shapes)
 
 
@@ -70,7 +71,8 @@ VALID[5:7] = False
 @pytest.fixture(scope="module")
 def run():
     """y, aux and the gradient of a sum over y, the same program with every mesh."""
-    made = template(options())
+    with jax.enable_x64(True):
+        made = template(options())
 
     @jax.jit
     def value(params, x, valid):
@@ -182,9 +184,8 @@ def test_a_replayed_routing_gives_the_same_output(float64):
     assert aux.stats.assignments == 8
 
 
-def test_router_state_only_with_a_bias_rate():
-    with jax.enable_x64(True):
-        zeros = jax.tree.map(jnp.zeros_like, drawn(template(options()), seed=0))
+def test_router_state_only_with_a_bias_rate(float64):
+    zeros = jax.tree.map(jnp.zeros_like, drawn(template(options()), seed=0))
     assert template(options()).bind(zeros).init_router_state() == {}
     biased = template(options(balance=Balance(bias_rate=0.1)))
     state = biased.bind(zeros).init_router_state()

@@ -23,12 +23,12 @@ from moe_jax.objectives.next_token import NextToken
 from moe_jax.train.optimizers import AdamW
 from moe_jax.train.schedules import Cosine
 
-STEPS = 600
-NUM_EXPERTS, TOP_K, EXPERT_WIDTH = 8, 2, 128
+STEPS = 500
+NUM_EXPERTS, TOP_K, EXPERT_WIDTH = 16, 4, 64
 
 
 def get_config() -> Config:
-    """Eight experts over two CPU devices, 128-byte rows."""
+    """Sixteen experts over two CPU devices, 128-byte rows."""
     return Config(
         model=Decoder(
             vocab_size=264,
@@ -39,7 +39,9 @@ def get_config() -> Config:
             feed_forward=MoE(
                 num_experts=NUM_EXPERTS,
                 experts=ExpertFeedForward(d_ff=EXPERT_WIDTH),
-                selector=TopK(top_k=TOP_K),
+                # Weights that sum to K: at the start the layer's output is as large as
+                # that of a dense one of the same active width.
+                selector=TopK(top_k=TOP_K, scale=float(TOP_K)),
                 scorer=Linear(init_std=0.1),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.001),
             ),
@@ -53,7 +55,7 @@ def get_config() -> Config:
             source=PythonSource(),
             tokenizer=Bytes(),
             sequence_length=128,
-            validation_fraction=0.03,
+            validation_fraction=0.02,
         ),
         optimizer=AdamW(learning_rate=4e-3, weight_decay=0.1),
         schedule=Cosine(warmup_steps=50, final=0.05),

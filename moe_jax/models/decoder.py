@@ -51,7 +51,7 @@ class Block(nnx.Module):
             self.moe = MoELayer(options.d_model, ff, rngs=rngs, **shared)
         else:
             if isinstance(ff, MoE):
-                ff = feedforward.Dense(d_ff=ff.dense_d_ff)
+                ff = ff.dense(ff.dense_d_ff)
             self.feed_forward = feedforward.FeedForward(
                 options.d_model, ff, rngs=rngs, **shared
             )

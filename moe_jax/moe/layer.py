@@ -68,6 +68,14 @@ class MoE(config.FeedForwardConfig):
     every: int = 1
     dense_d_ff: int = 0
 
+    def dense(self, d_ff: int) -> feedforward.Dense:
+        """A dense feed-forward of the experts' kind, for shared experts and blocks."""
+        return feedforward.Dense(
+            d_ff=d_ff,
+            activation=getattr(self.experts, "activation", "silu"),
+            gated=getattr(self.experts, "gated", True),
+        )
+
     def problems(self, path, root):
         for name, least in (
             ("num_experts", 1),
@@ -167,11 +175,7 @@ class MoELayer(nnx.Module):
             rngs=rngs,
         )
         if options.shared_d_ff:
-            shared = feedforward.Dense(
-                d_ff=options.shared_d_ff,
-                activation=getattr(options.experts, "activation", "silu"),
-                gated=getattr(options.experts, "gated", True),
-            )
+            shared = options.dense(options.shared_d_ff)
             self.shared = feedforward.FeedForward(
                 d_model, shared, std=std, out_std=out_std, dtype=dtype, rngs=rngs
             )

@@ -176,7 +176,7 @@ def apply_gradients(
 
     A step whose loss or gradient is not finite changes nothing but `step`.
     """
-    norm = optax.global_norm(found.grads)
+    norm = optax.tree.norm(found.grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
     updates, opt_state = optimizer.update(
         found.grads, state.opt_state, state.params, step=state.step

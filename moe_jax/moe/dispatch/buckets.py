@@ -1,14 +1,17 @@
 """Buckets of fixed capacity, one a (source shard, expert), sent by all_to_all.
 
 Each assignment (token, choice) has a position in its bucket, counted in token order.
-Round r serves the positions [r * C, (r + 1) * C): rows are gathered into (E, C, D),
-travel to the shards that hold the experts, go through one batched matmul, travel
-back, and are added to their tokens with their weights.
+Round 0 serves the positions [0, C): rows are gathered into (E, C, D), travel to the
+shards that hold the experts, go through one batched matmul, travel back, and are
+added to their tokens with their weights.
 
-`bucket` runs round 0 and drops the rest. `exact` goes on until all are served:
-round 0 is differentiated like any code; the later rounds stand in a loop whose trip
-count depends on the routing, with its own derivative that keeps the layer's inputs
-only and replays the rounds. Memory is that of one round whatever the imbalance.
+`bucket` runs round 0 and drops the rest. `exact` goes on until all are served, in
+rounds of C / 4 positions: a load a little above C, which is common, then costs a
+quarter round more and not a whole one, and the buffers of the loop stay small. Round
+0 is differentiated like any code; the later rounds stand in a loop whose trip count
+depends on the routing, with its own derivative that keeps the layer's inputs only and
+replays the rounds. Memory is that of one round whatever the imbalance. At worst, all
+T tokens of a shard on one expert, there are 1 + 4 * (T / C - 1) rounds.
 """
 
 import functools
@@ -32,6 +35,8 @@ from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.tree import struct
 
 _ROW_MULTIPLE = 8
+# Rows of a later round: this part of the first one's.
+_LATER_PART = 4
 
 
 @config.node
@@ -53,7 +58,8 @@ class Exact(config.DispatchConfig):
     """As many rounds as it takes; nothing is dropped.
 
     Attributes:
-      capacity_factor: rows per bucket and round over the mean of a uniform routing.
+      capacity_factor: rows per bucket in the first round over the mean of a uniform
+        routing; later rounds have a quarter of them.
     """
 
     capacity_factor: float = 1.25
@@ -75,6 +81,12 @@ def expert_capacity(
     return min(num_tokens, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 
 
+def later_capacity(capacity: int) -> int:
+    """Rows of a bucket in the rounds after the first: a quarter, up to 8's multiple."""
+    rows = -(-capacity // _LATER_PART)
+    return min(capacity, -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+
+
 @struct(static=("capacity",))
 class Plan:
     """Where each assignment of this shard's tokens stands.
@@ -86,7 +98,7 @@ class Plan:
       position_tk: (T, K) int32, position in the bucket.
       expert_tk: (T, K) int32.
       valid_tk: (T, K) bool.
-      capacity: C.
+      capacity: C, of the first round.
     """
 
     order_n: Array
@@ -98,17 +110,19 @@ class Plan:
     capacity: int
 
 
-@struct
+@struct(static=("capacity",))
 class Round:
     """One round of a plan, seen from the slots and from the tokens.
 
     Attributes:
+      capacity: rows of a bucket in this round, its C.
       entry_s: (E * C,) int32, the assignment that fills a slot.
       filled_s: (E * C,) bool.
       slot_tk: (T, K) int32, the slot of an assignment.
       served_tk: (T, K) bool, whether this round serves it.
     """
 
+    capacity: int
     entry_s: Array
     filled_s: Array
     slot_tk: Array
@@ -135,18 +149,18 @@ def make_plan(routing: Assignments, capacity: int) -> Plan:
     )
 
 
-def make_round(plan: Plan, index: Array | int) -> Round:
-    """The slots that round `index` fills."""
-    first = index * plan.capacity
-    position_ec = first + jnp.arange(plan.capacity, dtype=jnp.int32)[None, :]
+def make_round(plan: Plan, first: Array | int, capacity: int) -> Round:
+    """The round that serves the positions [first, first + capacity)."""
+    position_ec = first + jnp.arange(capacity, dtype=jnp.int32)[None, :]
     filled_ec = position_ec < plan.counts_e[:, None]
     place_ec = jnp.minimum(
         plan.starts_e[:, None] + position_ec, plan.order_n.shape[0] - 1
     )
     local_tk = plan.position_tk - first
-    served_tk = plan.valid_tk & (local_tk >= 0) & (local_tk < plan.capacity)
-    slot_tk = plan.expert_tk * plan.capacity + local_tk
+    served_tk = plan.valid_tk & (local_tk >= 0) & (local_tk < capacity)
+    slot_tk = plan.expert_tk * capacity + local_tk
     return Round(
+        capacity=capacity,
         entry_s=jnp.take(plan.order_n, place_ec.reshape(-1)),
         filled_s=filled_ec.reshape(-1),
         slot_tk=jnp.where(served_tk, slot_tk, 0),
@@ -222,15 +236,14 @@ combine.defvjp(_combine_forward, _combine_reverse)
 
 
 def serve(
-    run, axes: Axes, plan: Plan, rows: PyTree, weight_tk: Array, weights: PyTree, index
+    run, axes: Axes, turn: Round, rows: PyTree, weight_tk: Array, weights: PyTree
 ) -> Array:
     """One round: (T, D), zero for the assignments that it does not serve."""
-    turn = make_round(plan, index)
-    num_experts, capacity = plan.counts_e.shape[0], plan.capacity
+    num_experts = turn.entry_s.shape[0] // turn.capacity
 
     def send(leaf):
         slots = fill(leaf, turn)
-        shape = (num_experts, capacity, *leaf.shape[1:])
+        shape = (num_experts, turn.capacity, *leaf.shape[1:])
         return to_experts(slots.reshape(shape), axes)
 
     with jax.named_scope("dispatch"):
@@ -239,8 +252,14 @@ def serve(
         out = run(weights, sent, None)
     with jax.named_scope("combine"):
         back = from_experts(out, axes)
-        slots_sd = back.reshape(num_experts * capacity, back.shape[-1])
+        slots_sd = back.reshape(num_experts * turn.capacity, back.shape[-1])
         return combine(slots_sd, weight_tk, turn)
+
+
+def _later_round(plan: Plan, index: Array) -> Round:
+    """Round `index`, from 1 on."""
+    size = later_capacity(plan.capacity)
+    return make_round(plan, plan.capacity + (index - 1) * size, size)
 
 
 def _loop(rounds: Array, start: PyTree, step) -> PyTree:
@@ -269,7 +288,9 @@ def later_rounds(
     `rounds` must agree over every mesh axis, and the floating point inputs must vary
     over every axis: then the only collectives in the loop are the exchanges.
     """
-    step = lambda index: serve(run, axes, plan, rows, weight_tk, weights, index)
+    step = lambda index: serve(
+        run, axes, _later_round(plan, index), rows, weight_tk, weights
+    )
     shape = jax.eval_shape(lambda: step(jnp.int32(1)))
     start = vary(jnp.zeros(shape.shape, shape.dtype), axes.every)
     return _loop(rounds, start, step)
@@ -284,7 +305,8 @@ def _later_reverse(run, axes, saved, grad_td):
     rows, weight_tk, weights, plan, rounds = saved
 
     def step(index):
-        served = lambda *inputs: serve(run, axes, plan, *inputs, index)
+        turn = _later_round(plan, index)
+        served = lambda *inputs: serve(run, axes, turn, *inputs)
         return jax.vjp(served, rows, weight_tk, weights)[1](grad_td)
 
     start = jax.tree.map(jnp.zeros_like, (rows, weight_tk, weights))
@@ -325,7 +347,8 @@ def bucket(
 ) -> tuple[Array, DispatchStats]:
     """Round 0 only; see `DISPATCHES`."""
     plan, inputs = _prepare(options, rows, routing, experts, axes)
-    y_td = serve(experts.run, axes, plan, *inputs, 0)
+    turn = make_round(plan, 0, plan.capacity)
+    y_td = serve(experts.run, axes, turn, *inputs)
     over_e = jnp.maximum(plan.counts_e - plan.capacity, 0)
     dropped = total(jnp.sum(over_e), axes.tokens)
     return y_td, _stats(plan, dropped, jnp.int32(1), axes)
@@ -341,7 +364,9 @@ def exact(
     """Rounds until all assignments are served; see `DISPATCHES`."""
     plan, inputs = _prepare(options, rows, routing, experts, axes)
     fullest = largest(jnp.max(plan.counts_e), axes.tokens)
-    rounds = jnp.maximum(1, -(-fullest // plan.capacity))
-    y_td = serve(experts.run, axes, plan, *inputs, 0)
+    over = jnp.maximum(fullest - plan.capacity, 0)
+    rounds = 1 + -(-over // later_capacity(plan.capacity))
+    turn = make_round(plan, 0, plan.capacity)
+    y_td = serve(experts.run, axes, turn, *inputs)
     y_td = y_td + later_rounds(experts.run, axes, *inputs, plan, rounds)
     return y_td, _stats(plan, jnp.int32(0), rounds, axes)

@@ -124,7 +124,7 @@ def test_eval_of_an_earlier_step_on_another_mesh(finished, commands):
 
 def test_generate_on_another_mesh_writes_the_same(finished, commands):
     texts = []
-    for extra in ([], ["--mesh=expert=1"], ["--mesh=tensor=2"]):
+    for extra in ([], ["--mesh=tensor=2"]):
         out, err = commands.run(
             commands.command(
                 "generate",
@@ -141,4 +141,4 @@ def test_generate_on_another_mesh_writes_the_same(finished, commands):
     assert len(texts[0].rstrip("\n")) == len("the router ") + 24
     known = set("the router sends every token two experts and adds what they say\n")
     assert len([c for c in texts[0] if c in known]) > 0.9 * len(texts[0])
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.cli import common
 from moe_jax.config import MeshConfig
 from moe_jax.data import pipeline
 from moe_jax.errors import RunError, UserError
@@ -126,12 +127,18 @@ def test_too_many_bad_steps_end_the_run(make_config, tmp_path, monkeypatch):
         loop.train(make_config(max_skipped=2), str(tmp_path))
 
 
-def test_policy_stop_ends_at_the_first_bad_step(make_config, tmp_path, monkeypatch):
+def test_policy_stop_ends_at_the_first_bad_step(
+    make_config, tmp_path, monkeypatch, capsys
+):
     bad_steps(monkeypatch, 5)
-    with pytest.raises(RunError, match="step 5: the loss or a gradient is not finite"):
-        loop.train(make_config(nan_policy="stop"), str(tmp_path))
+    config = make_config(nan_policy="stop")
+    main = lambda: loop.train(config, str(tmp_path))
+    assert common.execute(main, lambda: None, [], "train") == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(
+        "moe-jax train: step 5: the loss or a gradient is not finite"
+    )
     assert len(lines(tmp_path)) == 5
-    config = make_config()
     found = Checkpoints(f"{tmp_path}/checkpoints", config.checkpoint, read_only=True)
     assert found.steps() == [3]
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import moe_jax
-from moe_jax import config, models
+from moe_jax import config, config_json, models
 from moe_jax.data import sources, tokenizers
 from moe_jax.errors import UserError, nearest
 from moe_jax.models.decoder_config import Decoder
@@ -36,7 +36,7 @@ def quickstart():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_config_file_is_valid_and_describes_a_model(path):
     made = config.validate(load(path))
-    assert config.from_json(config.to_json(made)) == made
+    assert config_json.from_json(config_json.to_json(made)) == made
     model = models.build(made.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1000
@@ -47,23 +47,25 @@ def test_a_config_survives_json():
     made.model.rope_theta = 0.1 + 0.2
     made.model.feed_forward.selector = TopK(top_k=3, softmax="after", scale=2.5)
     made.mesh.fsdp = 2
-    text = config.to_json(made)
-    found = config.from_json(text)
+    text = config_json.to_json(made)
+    found = config_json.from_json(text)
     assert found == made and found is not made
     assert type(found.model.feed_forward.selector) is TopK
     assert found.model.rope_theta == 0.1 + 0.2
-    assert config.to_json(found) == text
+    assert config_json.to_json(found) == text
     saved = json.loads(text)
     assert saved["class"] == "moe_jax.config.Config"
     assert saved["model"]["feed_forward"]["selector"]["top_k"] == 3
 
 
 def test_parts_that_are_not_set_survive_too():
-    assert config.from_json(config.to_json(config.Config())) == config.Config()
+    assert (
+        config_json.from_json(config_json.to_json(config.Config())) == config.Config()
+    )
 
 
 def edited(**fields):
-    data = config.to_dict(quickstart())
+    data = config_json.to_dict(quickstart())
     data["train"].update(fields)
     return json.dumps(data)
 
@@ -82,14 +84,14 @@ def edited(**fields):
         (edited(**{"class": "moe_jax.errors.UserError"}), "is not a config class"),
         (edited(**{"class": 5}), "5"),
         (json.dumps({"seed": 0}), "without 'class'"),
-        (json.dumps(config.to_dict(TopK())), "the outermost object is no Config"),
+        (json.dumps(config_json.to_dict(TopK())), "the outermost object is no Config"),
         ("[]", "the outermost object is no Config"),
         ("{", "not a saved config"),
     ],
 )
 def test_what_is_not_a_config_is_refused(text, words):
     with pytest.raises(UserError) as caught:
-        config.from_json(text)
+        config_json.from_json(text)
     assert words in str(caught.value)
 
 
@@ -177,16 +179,16 @@ def test_the_batch_must_split_over_the_mesh(mesh, batch, length, words):
 
 def test_differences_name_each_leaf():
     old, new = quickstart(), quickstart()
-    assert config.differences(old, new) == []
+    assert config_json.differences(old, new) == []
     old.train.steps, new.train.steps = 3, 5
     old.model.feed_forward.num_experts, new.model.feed_forward.num_experts = 8, 16
-    assert config.differences(old, new) == [
+    assert config_json.differences(old, new) == [
         "config.model.feed_forward.num_experts: 8 -> 16",
         "config.train.steps: 3 -> 5",
     ]
     old, new = quickstart(), quickstart()
     new.schedule = None
-    (line,) = config.differences(old, new)
+    (line,) = config_json.differences(old, new)
     assert line.startswith("config.schedule: Cosine(") and line.endswith("-> None")
 
 
@@ -220,8 +222,8 @@ def test_sub_configs_in_tuples_are_found():
         "config.parts[0].top_k",
         "config.parts[2].top_k",
     ]
-    data = config.to_dict(MoE())
-    assert config.from_dict([data, 3]) == (MoE(), 3)
+    data = config_json.to_dict(MoE())
+    assert config_json.from_dict([data, 3]) == (MoE(), 3)
 
 
 def test_classes_used_above_are_the_ones_of_the_package():
@@ -234,4 +236,4 @@ def test_classes_used_above_are_the_ones_of_the_package():
             source=sources.PythonSource(), tokenizer=tokenizers.Bytes()
         ),
     )
-    assert config.from_json(config.to_json(config.validate(made))) == made
+    assert config_json.from_json(config_json.to_json(config.validate(made))) == made

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(moe_jax.__file__).parent
 FLOORS = [
     {"errors", "tree"},
     {"config"},
+    {"config_json"},
     {"parallel"},
     {"nn"},
     {"moe"},

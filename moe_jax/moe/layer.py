@@ -217,37 +217,20 @@ class MoELayer(nnx.Module):
         Returns:
           (B, S, D), the carry for the next router, and `MoEAux`.
         """
-        batch_shape = (x.shape[0], x.shape[1])
         flat = lambda a: None if a is None else a.reshape(-1, *a.shape[2:])
-        valid = jnp.ones(batch_shape, bool) if valid is None else valid
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         tokens = Tokens(
             features=flat(x),
             valid=flat(valid),
-            batch_shape=batch_shape,
+            batch_shape=(x.shape[0], x.shape[1]),
             token_ids=flat(token_ids),
             positions=flat(positions),
             segments=flat(segments),
             condition=jax.tree.map(flat, condition),
         )
         state = self.init_router_state() if router_state is None else router_state
-        # Two methods that draw from one key would be correlated.
-        fold = lambda room: None if key is None else jax.random.fold_in(key, room)
         with jax.named_scope("router"):
-            if carry is None:
-                carry = self.scorer.init_carry(
-                    self.options.scorer, tokens.features.shape[0]
-                )
-            logits_te, carry = self.scorer(tokens, carry, fold(0), mode)
-            select = SELECTORS[type(self.options.selector)]
-            routing = select(
-                self.options.selector,
-                logits_te,
-                tokens,
-                state,
-                mode,
-                override,
-                fold(1),
-            )
+            routing, carry = self._route(tokens, state, carry, key, mode, override)
         y, stats = self._dispatch(x, routing)
         if self.options.shared_d_ff:
             with jax.named_scope("shared"):
@@ -260,6 +243,20 @@ class MoELayer(nnx.Module):
             routing=routing if mode.capture else None,
         )
         return y, carry, aux
+
+    def _route(self, tokens, state, carry, key, mode, override):
+        # Two methods that draw from one key would be correlated.
+        fold = lambda room: None if key is None else jax.random.fold_in(key, room)
+        options = self.options
+        if carry is None:
+            num_tokens = tokens.features.shape[0]
+            carry = self.scorer.init_carry(options.scorer, num_tokens)
+        logits_te, carry = self.scorer(tokens, carry, fold(0), mode)
+        select = SELECTORS[type(options.selector)]
+        routing = select(
+            options.selector, logits_te, tokens, state, mode, override, fold(1)
+        )
+        return routing, carry
 
     def _dispatch(self, x: Array, routing: Routing) -> tuple[Array, DispatchStats]:
         axes = _mesh_axes()

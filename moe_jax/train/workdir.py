@@ -4,8 +4,7 @@ import os
 
 import jax
 
-from moe_jax import config as config_lib
-from moe_jax import models
+from moe_jax import config_json, models
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.observe.writers import write_atomically
@@ -41,7 +40,7 @@ def read_config(workdir: str) -> Config:
     path = os.path.join(workdir, CONFIG_FILE)
     try:
         with open(path, encoding="utf-8") as file:
-            return config_lib.from_json(file.read())
+            return config_json.from_json(file.read())
     except FileNotFoundError:
         raise UserError(
             f"--workdir={workdir}: no {CONFIG_FILE} there, so no run of moe-jax "
@@ -84,7 +83,7 @@ def check_resume(workdir: str, config: Config) -> list[str]:
       UserError: the parameters have other shapes, or the examples another order.
     """
     old = read_config(workdir)
-    changed = config_lib.differences(old, config)
+    changed = config_json.differences(old, config)
     shapes = _shape_differences(old, config)
     if shapes:
         model = [line for line in changed if line.startswith("config.model")]
@@ -110,8 +109,10 @@ def claim(workdir: str, config: Config) -> None:
       UserError: the folder cannot be made or written, or a class of the config is
         not one of moe_jax.
     """
+    text = config_json.to_json(config)
+    config_json.from_json(text)  # What cannot be read back must not be trained.
     try:
         os.makedirs(workdir, exist_ok=True)
-        write_atomically(os.path.join(workdir, CONFIG_FILE), config_lib.to_json(config))
+        write_atomically(os.path.join(workdir, CONFIG_FILE), text)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error}") from None

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config_json
 from moe_jax.data import documents, pipeline, sources, token_file, tokenizers, workers
 from moe_jax.errors import UserError
 
@@ -228,7 +228,7 @@ def test_folder_below_home(corpus_config, tmp_path, monkeypatch):
 
 _CHILD = """
 import os, signal, sys, time
-from moe_jax import config as config_lib
+from moe_jax import config_json
 from moe_jax.data import pipeline, token_file
 
 mode = sys.argv[2]
@@ -245,14 +245,14 @@ def planted(folder, name, *rest):
 token_file._write_split = planted
 if mode == "kill before rename":
     os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-config = config_lib.from_json(open(sys.argv[1]).read())
+config = config_json.from_json(open(sys.argv[1]).read())
 print(pipeline.prepare(config).content_hash)
 """
 
 
 def start_child(config, tmp_path, mode):
     path = tmp_path / "config.json"
-    path.write_text(config_lib.to_json(config))
+    path.write_text(config_json.to_json(config))
     return subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(path), mode],
         stdout=subprocess.PIPE,

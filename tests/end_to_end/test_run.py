@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config_json
 from moe_jax.cli import config_file
 from moe_jax.train import workdir
 
@@ -33,7 +33,7 @@ def test_resolved_config(finished, commands):
     assert config.data.workers == 1
     original = config_file.load(str(commands.tiny))
     assert config.model == original.model
-    assert len(config_lib.differences(original, config)) == 3
+    assert len(config_json.differences(original, config)) == 3
 
 
 def test_metrics_have_every_step(finished):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config_json
 from moe_jax.errors import UserError
 from moe_jax.train import workdir
 
@@ -100,7 +100,7 @@ def test_no_config(tmp_path):
 
 def broken(change):
     def text(config):
-        data = config_lib.to_dict(config)
+        data = config_json.to_dict(config)
         change(data)
         return json.dumps(data)
 
@@ -110,7 +110,7 @@ def broken(change):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (lambda c: config_lib.to_json(c)[:100], "not a saved config"),
+        (lambda c: config_json.to_json(c)[:100], "not a saved config"),
         (lambda c: "", "not a saved config"),
         (lambda c: "[1, 2]", "no Config"),
         (lambda c: "\udcff", "utf-8"),

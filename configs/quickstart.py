@@ -55,6 +55,7 @@ def get_config() -> Config:
             source=PythonSource(),
             tokenizer=Bytes(),
             sequence_length=128,
+            validation_fraction=0.02,
         ),
         optimizer=AdamW(learning_rate=4e-3, weight_decay=0.1),
         schedule=Cosine(warmup_steps=50, final=0.05),

@@ -60,9 +60,10 @@ class Block(nnx.Module):
         self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
     ):
         """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
-        attended, cache = self.attention(
-            self.attention_norm(x), inputs.positions, inputs.segments, cache, start
-        )
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(
+                self.attention_norm(x), inputs.positions, inputs.segments, cache, start
+            )
         x = rules.constrain(x + attended, "batch", "sequence", None)
         normed, aux = self.feed_forward_norm(x), None
         if self.is_moe:
@@ -79,7 +80,8 @@ class Block(nnx.Module):
                 override=override,
             )
         else:
-            y = self.feed_forward(normed)
+            with jax.named_scope("feed_forward"):
+                y = self.feed_forward(normed)
         return rules.constrain(x + y, "batch", "sequence", None), carry, cache, aux
 
 
@@ -309,13 +311,15 @@ class Outer(nnx.Module):
             )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return embedding.lookup(self.embedding[...], tokens)
+        with jax.named_scope("embedding"):
+            return embedding.lookup(self.embedding[...], tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        hidden = self.norm(hidden)
-        w = self.embedding[...].T if self.tied else self.output[...]
-        wide = module.accumulation_dtype(hidden.dtype)
-        return jnp.matmul(hidden, w.astype(hidden.dtype), preferred_element_type=wide)
+        with jax.named_scope("logits"):
+            hidden = self.norm(hidden)
+            w = self.embedding[...].T if self.tied else self.output[...]
+            w, wide = w.astype(hidden.dtype), module.accumulation_dtype(hidden.dtype)
+            return jnp.matmul(hidden, w, preferred_element_type=wide)
 
 
 def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:

@@ -86,7 +86,9 @@ def loss(
     hidden, observations, aux = model.apply(
         params, router_state, inputs, key=key, mode=mode, override=override
     )
-    nll, normaliser = token_nll(model.logits(params, hidden), batch["targets"])
+    logits = model.logits(params, hidden)
+    with jax.named_scope("logits"):
+        nll, normaliser = token_nll(logits, batch["targets"])
     weights = batch["weights"].astype(nll.dtype)
     nll_sum = total = jnp.sum(nll * weights)
     if options.logit_z_weight:

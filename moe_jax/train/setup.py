@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from typing import Any
 
 import jax
 import optax
@@ -98,8 +97,8 @@ def fresh_state(parts: Parts) -> TrainState:
         return jax.jit(make, out_shardings=parts.shardings)(key)
 
 
-def compile_step(parts: Parts) -> Any:
-    """The train step, compiled for the parts' shapes: `(state, batch)`."""
+def lower_step(parts: Parts) -> jax.stages.Lowered:
+    """The train step for the parts' shapes, `(state, batch)`, not yet compiled."""
     config = parts.config
     jitted = step.make_step(
         config, parts.model, parts.optimizer, parts.schedule, parts.shardings
@@ -108,4 +107,10 @@ def compile_step(parts: Parts) -> Any:
         parts.mesh, config.train.batch_size, config.data.sequence_length
     )
     with jax.set_mesh(parts.mesh):
-        return jitted.lower(parts.abstract, batch).compile()
+        return jitted.lower(parts.abstract, batch)
+
+
+def compile_step(parts: Parts) -> jax.stages.Compiled:
+    """The train step, compiled for the parts' shapes: `(state, batch)`."""
+    with jax.set_mesh(parts.mesh):
+        return lower_step(parts).compile()

@@ -101,7 +101,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and shardings of the state; nothing is allocated."""
     make = lambda key: init_state(config, model, optimizer, key)
-    shapes = jax.eval_shape(make, jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)  # The mesh's devices may not be there.
+    shapes = jax.eval_shape(make, key)
     shardings = state_shardings(shapes, model.axes, mesh)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),

@@ -241,7 +241,8 @@ def make_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         found = compute_gradients(config, model, state, batch)
-        new, norm = apply_gradients(config, model, optimizer, state, found)
+        with jax.named_scope("optimizer"):
+            new, norm = apply_gradients(config, model, optimizer, state, found)
         rate = config.optimizer.learning_rate * schedule(state.step)
         return new, step_metrics(found, norm, rate)
 

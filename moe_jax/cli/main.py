@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train, or go on where the workdir stopped",
     "eval": "score a checkpoint on held-out data",
     "generate": "write text from a checkpoint",
+    "plan": "say what a step needs and costs on devices that are not there",
     "check": "show that this config gives the same numbers on every mesh",
 }
 

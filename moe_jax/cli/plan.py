@@ -1,0 +1,77 @@
+"""Says what a train step needs and costs on devices that are not there.
+
+Example:
+  moe-jax plan --config=configs/bench/small.py --topology=v5e:4x4
+  moe-jax plan --config=configs/bench/small.py --topology=v5e:4x4 --search
+
+Compiles the very step that `train` runs with the real compiler for TPUs (install it
+with `pip install 'moe_jax[plan]'`; no TPU is needed) and reads the program: memory by
+class and whether it fits, FLOPs, HBM traffic, collectives and what hides them. Times
+are modelled. Nothing is allocated, no data is read. With --topology=cpu:8 the host's
+compiler stands in: memory only. With --search it tries meshes, dispatches, remat
+policies and micro-batches, and prints the best with the lines to paste. Exits with 1
+where the step does not fit.
+"""
+
+import json
+
+from absl import flags
+
+from moe_jax.cli import common
+from moe_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    common.define_config()
+    flags.DEFINE_string("topology", "", "KIND:SHAPE, as v5p:4x4x4; cpu:8: the host.")
+    flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
+    flags.DEFINE_string("dump-hlo", "", "New folder for the compiler's files.")
+    flags.DEFINE_string("json", "", "File for the figures.")
+    flags.DEFINE_float(
+        "loop_passes", 0.0, "Passes assumed of loops that depend on data.", 0.0
+    )
+    flags.DEFINE_bool("search", False, "Look for the best mesh and settings.")
+    flags.DEFINE_integer("compile_best", 8, "With --search: points to compile.", 1)
+    flags.DEFINE_integer("workers", 2, "With --search: compilations at once.", 1)
+
+
+def main() -> int:
+    config = common.load_config()
+    if not FLAGS.topology:
+        from moe_jax.plan import topology
+
+        raise UserError(f"--topology is missing: {topology.describe_names()}")
+    if FLAGS.search:
+        return _search(config)
+    from moe_jax.plan import report, text, topology
+
+    plan = report.make_plan(
+        config,
+        topology.find(FLAGS.topology, FLAGS.slices),
+        loop_passes=FLAGS.loop_passes,
+        dump_folder=FLAGS["dump-hlo"].value or None,
+    )
+    print("\n".join(text.lines(plan)), flush=True)
+    _write_json(plan.to_json())
+    return 1 if plan.fits is False else 0
+
+
+def _write_json(figures) -> None:
+    if not FLAGS.json:
+        return
+    from moe_jax.observe.writers import jsonable, write_atomically
+
+    try:
+        write_atomically(FLAGS.json, json.dumps(jsonable(figures), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json={FLAGS.json} cannot be written: {error}") from None
+
+
+def _search(config) -> int:
+    raise UserError("--search: not yet")
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)

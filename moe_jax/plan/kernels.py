@@ -1,0 +1,109 @@
+"""Work of hand-written (Mosaic) kernels, from their grid and the rows they really do.
+
+Their authors' own cost estimates are not comparable: a grouped matmul's counts every
+row of its buffer. Here a grouped matmul of (m, k) by (G, k, n) does `fill` of its
+rows, in tiles of (tm, tk, tn); a tile on the border of two groups is done twice.
+"""
+
+import dataclasses
+import re
+
+from moe_jax.plan.hlo import Computation, Instruction
+
+_DEFAULT_TILE = (128, 1 << 30, 1 << 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelWork:
+    """What one call does: kind, FLOPs, HBM bytes; `known` is false for a guess."""
+
+    kind: str
+    flops: float
+    hbm_bytes: float
+    known: bool = True
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    return (
+        instruction.opcode == "custom-call"
+        and "tpu_custom_call" in instruction.attributes
+    )
+
+
+def kernel_work(
+    comp: Computation, call: Instruction, moved: float, fill: float
+) -> KernelWork:
+    """The work of a call.
+
+    Args:
+      comp: where the call stands.
+      call: the custom call.
+      moved: bytes of its operands and result in HBM.
+      fill: share of a grouped matmul's rows that hold tokens.
+    """
+    names = f"{call.name} {call.op_name}".lower()
+    if "metadata" in call.name:
+        return KernelWork("metadata", 0.0, moved)
+    matrices = [
+        operand.shapes[0]
+        for operand in comp.operands(call)
+        if len(operand.shapes) == 1
+        and len(operand.shapes[0].dims) >= 2
+        and operand.shapes[0].dtype not in ("s32", "u32", "pred")
+    ]
+    if "splash" in names or "flash" in names:
+        return _attention(names, matrices, moved)
+    if "gmm" in names or "ragged-dot" in names or "ragged_dot" in names:
+        found = _grouped(call, matrices, fill)
+        if found is not None:
+            return found
+    kind = re.sub(r"[.\d]+$", "", call.name)
+    return KernelWork(kind, 0.0, moved, known=False)
+
+
+def _attention(names: str, matrices, moved: float) -> KernelWork:
+    """Causal: half of the products. Forward 2, dq 3, dkv 4 (fused with dq: 5)."""
+    heads = [s for s in matrices if len(s.dims) in (3, 4)]
+    if not heads:
+        return KernelWork("attention", 0.0, moved, known=False)
+    products = 2
+    if "dkv" in names:
+        products = 5 if "fused" in names else 4
+    elif "dq" in names or ("bwd" in names and "fwd" not in names):
+        products = 3
+    q = max(heads, key=lambda shape: shape.size)
+    return KernelWork("attention", float(q.size * q.dims[-2] * products), moved)
+
+
+def _tile(call: Instruction) -> tuple[int, int, int]:
+    """(tm, tk, tn) as XLA's own kernel or megablox' metadata give it."""
+    tiling = re.search(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"', call.attributes)
+    if tiling:
+        return tuple(int(n) for n in tiling.groups())
+    sizes = [re.search(rf'tile_{d}\\?"?:\s*(\d+)', call.attributes) for d in "mkn"]
+    return tuple(int(s[1]) for s in sizes) if all(sizes) else _DEFAULT_TILE
+
+
+def _grouped(call: Instruction, matrices, fill: float) -> KernelWork | None:
+    flat = [s for s in matrices if len(s.dims) == 2]
+    stacked = [s for s in matrices if len(s.dims) == 3]
+    out = call.shapes[0]
+    if flat and stacked and len(out.dims) == 2:
+        (m, k), n, groups, kind = flat[0].dims, out.dims[1], stacked[0].dims[0], "gmm"
+    elif len(flat) >= 2 and len(out.dims) == 3:
+        groups, k, n = out.dims
+        a, b = flat[0].dims, flat[1].dims
+        m, kind = (a[0] if a[0] == b[0] else a[1]), "tgmm"
+    else:
+        return None
+    tm, tk, tn = (min(t, size) for t, size in zip(_tile(call), (m, k, n), strict=True))
+    rows = m * fill
+    tiles = rows / tm + groups - 1
+    k_tiles, n_tiles = -(-k // tk), -(-n // tn)
+    done = 2.0 * tiles * tm * (k_tiles * tk) * (n_tiles * tn)
+    if kind == "gmm":
+        weights = (groups if k_tiles == 1 else tiles) * k * n
+        moved = rows * k * n_tiles + weights + rows * n
+    else:
+        moved = rows * k * n_tiles + rows * n * k_tiles + groups * k * n
+    return KernelWork(kind, done, 2.0 * moved)

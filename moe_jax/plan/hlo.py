@@ -24,7 +24,9 @@ _BYTES = {
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"(ENTRY )?%(\S+) \(.*\{\s*$")
 _START = re.compile(r"\s+(ROOT )?%(\S+) = ")
+_END = re.compile(r"}(, execution_thread=\S+)?\s*$")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
+_NO_ESTIMATE = 2**62  # The compiler's way to say that it has none.
 HBM = 0  # The memory space of a shape whose layout names none.
 
 
@@ -115,8 +117,8 @@ class Instruction:
         """
         if "COST_MODEL_TYPE_CLASSIC" not in self.attributes:
             return None
-        match = re.search(r'"estimated_cycles":"(-?\d+)"', self.attributes)
-        return int(match[1]) if match else None
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match and int(match[1]) < _NO_ESTIMATE else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,7 @@ def parse(text: str) -> Module:
         if head:
             name, lines = head[2], []
             entry = name if head[1] else entry
-        elif line.startswith("}") and name:
+        elif name and _END.match(line):
             found = tuple(i for i in map(_instruction, lines) if i is not None)
             computations[name] = Computation(name, found)
             name = ""

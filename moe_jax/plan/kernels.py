@@ -3,6 +3,9 @@
 Their authors' own cost estimates are not comparable: a grouped matmul's counts every
 row of its buffer. Here a grouped matmul of (m, k) by (G, k, n) does `fill` of its
 rows, in tiles of (tm, tk, tn); a tile on the border of two groups is done twice.
+
+From libtpu 0.0.52 on, XLA writes `ragged_dot` as a product of every row with every
+group whose iterations are skipped where a tile holds no row of the group.
 """
 
 import dataclasses
@@ -59,6 +62,20 @@ def kernel_work(
             return found
     kind = re.sub(r"[.\d]+$", "", call.name)
     return KernelWork(kind, 0.0, moved, known=False)
+
+
+def visited_share(product: Instruction, fill: float) -> float:
+    """Share of its iterations that a product does: 1 unless it skips groups."""
+    attributes = product.attributes
+    if '"ITERATION_SKIPPER_MODE_GROUP_STARTS"' not in attributes:
+        return 1.0
+    places = re.search(r'"mask_dim_to_iteration_index":\["(\d+)","(\d+)"\]', attributes)
+    bounds = re.search(r'"iteration_bounds":\[([0-9",]+)\]', attributes)
+    if not places or not bounds:
+        return 1.0
+    sizes = [int(n) for n in re.findall(r"\d+", bounds[1])]
+    groups, tiles = (sizes[int(place)] for place in places.groups())
+    return min(1.0, (fill * tiles + groups - 1) / (groups * tiles))
 
 
 def _attention(names: str, matrices, moved: float) -> KernelWork:

@@ -17,6 +17,7 @@ A weight's shape is any that sharding can give it. Where an activation has that 
 too, the class is a guess between the two.
 """
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -25,7 +26,7 @@ from collections.abc import Iterable
 import jax
 
 from moe_jax.plan import hlo
-from moe_jax.plan.hlo import Module
+from moe_jax.plan.hlo import Computation, Instruction, Module
 from moe_jax.plan.schedule import scope
 from moe_jax.tree import named_leaves
 
@@ -40,7 +41,7 @@ CLASSES = (
     "unused",
 )
 _VALUE = re.compile(
-    r"value: <\d+ (\S+?)(?:\{([0-9,]*)\})? @(\d+)> "
+    r"value: <\d+ (\S+?)(?:\{([0-9,]*)\})?(?: \(phi\))? @(\d+)> "
     r"\(size=(\d+),offset=(\d+)\): (.*)"
 )
 _RANGE = re.compile(r"^    (\S+?)\{([0-9,]*)\}:(\d+)-(\d+)$", re.MULTILINE)
@@ -91,6 +92,7 @@ class _Value:
     nbytes: int
     shape: str
     parameter: int | None
+    place: tuple[str, int] = ("", 0)  # Allocation and offset.
 
 
 def at_peak(
@@ -114,7 +116,11 @@ def at_peak(
     classes = dict.fromkeys(CLASSES, 0)
     for value in arguments:
         classes[_argument_class(names.parameter(value.parameter))] += value.nbytes
-    live = [_buffer(v, names, shapes) for v in _live(temporaries, live_ranges)]
+    live = [
+        # The values of one place are one buffer; the best known speaks for it.
+        max((_buffer(v, names, shapes) for v in same), key=lambda b: bool(b.source))
+        for same in _live(temporaries, live_ranges)
+    ]
     for buffer in live:
         classes[buffer.kind] += buffer.nbytes
     found = sum(classes.values())
@@ -135,8 +141,8 @@ def _values(text: str) -> tuple[list[_Value], list[_Value], int]:
         if "color " in head or "thread-local" in head:
             continue  # Another memory, or a scalar function's.
         found = [
-            _Value(name, index or "", int(nbytes), shape.split("{")[0], None)
-            for name, index, page, nbytes, _, shape in _VALUE.findall(block)
+            _Value(name, index, int(nbytes), shape.split("{")[0], None, (head, int(at)))
+            for name, index, page, nbytes, at, shape in _VALUE.findall(block)
             if page == "0"
         ]
         if parameter:
@@ -148,8 +154,11 @@ def _values(text: str) -> tuple[list[_Value], list[_Value], int]:
     return arguments, temporaries, heap
 
 
-def _live(values: list[_Value], live_ranges: str) -> list[_Value]:
-    """The values alive at the moment when they need most together."""
+def _live(values: list[_Value], live_ranges: str) -> list[list[_Value]]:
+    """The values alive at the moment of the largest need, those of a place together.
+
+    A loop's state and what goes in and out of it share a place; their ranges overlap.
+    """
     ranges = {
         (name, index): (int(begin), int(end))
         for name, index, begin, end in _RANGE.findall(live_ranges)
@@ -157,27 +166,44 @@ def _live(values: list[_Value], live_ranges: str) -> list[_Value]:
     spans = [
         (v, ranges[v.name, v.index]) for v in values if (v.name, v.index) in ranges
     ]
-    changes: dict[int, int] = {}
+    changes: dict[int, list[tuple[_Value, int]]] = {}
     for value, (begin, end) in spans:
-        changes[begin] = changes.get(begin, 0) + value.nbytes
-        changes[end + 1] = changes.get(end + 1, 0) - value.nbytes
-    running, moments = 0, sorted(changes)
-    sums = {t: (running := running + changes[t]) for t in moments}
-    if not sums:
-        return []
-    peak = max(moments, key=lambda t: sums[t])
-    return [value for value, (begin, end) in spans if begin <= peak <= end]
+        changes.setdefault(begin, []).append((value, 1))
+        changes.setdefault(end + 1, []).append((value, -1))
+    sizes: dict[tuple[str, int], collections.Counter[int]] = {}
+    running, most, peak = 0, -1, 0
+    for moment in sorted(changes):
+        for value, change in changes[moment]:
+            there = sizes.setdefault(value.place, collections.Counter())
+            running -= max(there, default=0)
+            there[value.nbytes] += change
+            there = sizes[value.place] = +there
+            running += max(there, default=0)
+        if running > most:
+            most, peak = running, moment
+    found: dict[tuple[str, int], list[_Value]] = {}
+    for value, (begin, end) in spans:
+        if begin <= peak <= end:
+            found.setdefault(value.place, []).append(value)
+    return [
+        [v for v in same if v.nbytes == max(s.nbytes for s in same)]
+        for same in found.values()
+    ]
 
 
 class Names:
     """Name stacks of a module's values; of copies, those of what they copy."""
 
     def __init__(self, module: Module):
-        self._where = {
-            instruction.name: comp
-            for comp in module.computations.values()
-            for instruction in comp.instructions
-        }
+        self._module = module
+        self._where: dict[str, Computation] = {}
+        self._loops: dict[str, Instruction] = {}  # By the name of the body.
+        for comp in module.computations.values():
+            for instruction in comp.instructions:
+                self._where[instruction.name] = comp
+                if instruction.opcode == "while":
+                    self._loops[instruction.reference("body")] = instruction
+                    self._loops[instruction.reference("condition")] = instruction
         entry = module.computations[module.entry]
         self._parameters = {
             i.index: i.op_name for i in entry.instructions if i.opcode == "parameter"
@@ -186,18 +212,44 @@ class Names:
     def parameter(self, index: int) -> str:
         return self._parameters.get(index, "")
 
-    def of(self, name: str) -> str:
-        for _ in range(8):
+    def of(self, name: str, index: str = "") -> str:
+        """The name stack of an instruction, or of element `index` of its result."""
+        for _ in range(12):
             comp = self._where.get(name)
             if comp is None:
                 return ""
             instruction = comp.by_name[name]
+            loop = self._loop_of(comp, instruction)
+            if loop is not None and index.isdigit():
+                name, index = self._element(loop, int(index)), ""
+                continue
             if instruction.op_name or not instruction.operands:
                 return instruction.op_name
-            if not instruction.opcode.startswith(_COPIES):
+            if instruction.opcode == "get-tuple-element":
+                index = str(instruction.index)
+            elif not instruction.opcode.startswith(_COPIES):
                 return ""
             name = instruction.operands[0]
         return ""
+
+    def _loop_of(self, comp: Computation, value: Instruction) -> Instruction | None:
+        """The loop whose state a value is: the loop itself, or its parameter."""
+        if value.opcode == "while":
+            return value
+        return self._loops.get(comp.name) if value.opcode == "parameter" else None
+
+    def _element(self, loop: Instruction, index: int) -> str:
+        """Who makes an element of a loop's state: the body, else who began it."""
+        body = self._module.computations[loop.reference("body")]
+        made = body.by_name.get(body.root.operands[index])
+        unchanged = made is not None and made.opcode == "get-tuple-element"
+        if made is not None and not (unchanged and made.index == index):
+            return made.name
+        outer = self._where[loop.name]
+        begun = outer.by_name.get(loop.operands[0])
+        if begun is None or begun.opcode != "tuple":
+            return ""
+        return begun.operands[index]
 
 
 def _argument_class(op_name: str) -> str:
@@ -207,7 +259,7 @@ def _argument_class(op_name: str) -> str:
 
 
 def _buffer(value: _Value, names: Names, shapes: "WeightShapes") -> Buffer:
-    source = names.of(value.name)
+    source = names.of(value.name, value.index)
     return Buffer(
         name=value.name,
         index=value.index,
@@ -219,12 +271,14 @@ def _buffer(value: _Value, names: Names, shapes: "WeightShapes") -> Buffer:
 
 
 def _temporary_class(source: str, shape: str, shapes: "WeightShapes") -> str:
-    if source.startswith("state."):  # A copy in another layout.
-        return _argument_class(source)
+    if source.startswith("state."):  # A copy, of another type or layout.
+        kind = _argument_class(source)
+        return "weights" if kind == "parameters" else kind
     found = hlo.parse_shapes(shape)
-    backward = "transpose" in source or scope(source) == "optimizer"
     if len(found) == 1 and shapes.has(found[0].dims):
-        return "gradients" if backward else "weights"
+        backward = "transpose" in source or scope(source) == "optimizer"
+        gathered = source.endswith("all_gather") or "rematted" in source
+        return "gradients" if backward and not gathered else "weights"
     if scope(source) in _DISPATCH:
         return "dispatch"
     is_array = len(found) == 1 and bool(found[0].dims)

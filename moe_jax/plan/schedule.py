@@ -187,7 +187,11 @@ class Timeline:
             self._fusion(instruction)
         elif opcode == "custom-call" and not kernels.is_kernel(instruction):
             return  # Allocations, markers, layouts.
-        elif opcode != "async-update":
+        elif opcode == "async-update":  # What is in flight goes on by this name.
+            self.flying[instruction.name] = self.flying.pop(
+                instruction.operands[0], (0.0, None)
+            )
+        else:
             self._compute(instruction)
 
     def _control(self, instruction: Instruction) -> None:
@@ -306,7 +310,8 @@ class Timeline:
     def _compute(self, instruction: Instruction) -> None:
         chip, total = self.walk.network.chip, self.total
         moved = self.walk.meter.hbm_bytes(self.comp, instruction)
-        flops = self.walk.meter.flops(self.comp, instruction)
+        visited = kernels.visited_share(instruction, self.walk.fill)
+        flops = visited * self.walk.meter.flops(self.comp, instruction)
         if instruction.opcode == "custom-call":
             call = kernels.kernel_work(self.comp, instruction, moved, self.walk.fill)
             flops, moved = call.flops, call.hbm_bytes
@@ -315,7 +320,8 @@ class Timeline:
                 total.unknown.add(call.kind)
         mxu, memory = flops / chip.flops, moved / chip.hbm_bandwidth
         product = mxu
-        if instruction.matmul_cycles is not None and chip.clock:
+        # Of products that skip groups the compiler's estimate counts every group.
+        if instruction.matmul_cycles is not None and chip.clock and visited == 1.0:
             product = max(mxu, instruction.matmul_cycles / chip.clock)
         total.flops += flops
         total.hbm_bytes += moved

@@ -19,7 +19,8 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tokenizers"]
+PLAN = ["libtpu"]
+TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tokenizers"]
 
 setup(
     name="moe_jax",
@@ -49,7 +50,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "plan": ["libtpu"],
+        "plan": PLAN,
         "hf": ["tokenizers", "safetensors"],
         "tf": ["tensorflow-cpu"],
         "plots": ["matplotlib"],

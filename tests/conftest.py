@@ -7,6 +7,7 @@ import math
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from moe_jax.config import MeshConfig
 from moe_jax.parallel import mesh as mesh_lib
@@ -23,6 +24,24 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def compile_anew(compilation_cache):
+    """A context without the cache: what the compiler writes down is there."""
+
+    @contextlib.contextmanager
+    def make():
+        before = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax_cache.reset_cache()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", before)
+            jax_cache.reset_cache()
+
+    return make
 
 
 @pytest.fixture

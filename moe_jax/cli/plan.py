@@ -7,12 +7,14 @@ Example:
 Compiles the very step that `train` runs with the real compiler for TPUs (install it
 with `pip install 'moe_jax[plan]'`; no TPU is needed) and reads the program: memory by
 class and whether it fits, FLOPs, HBM traffic, collectives and what hides them. Times
-are modelled. Nothing is allocated, no data is read. With --topology=cpu:8 the host's
-compiler stands in: memory only. With --search it tries meshes, dispatches, remat
-policies and micro-batches, and prints the best with the lines to paste. Exits with 1
-where the step does not fit.
+are modelled. Nothing is allocated, no data is read. --quick stops before machine code
+is made, which takes most of the time; only the cycle estimates are then missing. With
+--topology=cpu:8 the host's compiler stands in: memory only. With --search it tries
+meshes, dispatches, remat policies and micro-batches, and prints the best with the
+lines to paste. Exits with 1 where the step does not fit.
 """
 
+import dataclasses
 import json
 
 from absl import flags
@@ -29,6 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
     flags.DEFINE_string("dump-hlo", "", "New folder for the compiler's files.")
     flags.DEFINE_string("json", "", "File for the figures.")
+    flags.DEFINE_bool("quick", False, "Leave out machine code: seconds, not minutes.")
     flags.DEFINE_float(
         "loop_passes", 0.0, "Passes assumed of loops that depend on data.", 0.0
     )
@@ -45,17 +48,19 @@ def main() -> int:
         raise UserError(f"--topology is missing: {topology.describe_names()}")
     if FLAGS.search:
         return _search(config)
-    from moe_jax.plan import report, text, topology
+    from moe_jax.plan import program, report, text, topology
 
     plan = report.make_plan(
         config,
         topology.find(FLAGS.topology, FLAGS.slices),
         loop_passes=FLAGS.loop_passes,
         dump_folder=FLAGS["dump-hlo"].value or None,
+        quick=FLAGS.quick,
     )
     print("\n".join(text.lines(plan)), flush=True)
     _write_json(plan.to_json())
-    return 1 if plan.fits is False else 0
+    status = 1 if plan.fits is False else 0
+    return program.leave(status) if FLAGS.quick else status
 
 
 def _write_json(figures) -> None:
@@ -70,7 +75,29 @@ def _write_json(figures) -> None:
 
 
 def _search(config) -> int:
-    raise UserError("--search: not yet")
+    from moe_jax.plan import search, topology
+
+    if FLAGS["dump-hlo"].value or FLAGS.loop_passes:
+        raise UserError("--search takes neither --dump-hlo nor --loop_passes")
+    found = search.search(
+        config,
+        topology.find(FLAGS.topology, FLAGS.slices),
+        compile_best=FLAGS.compile_best,
+        workers=FLAGS.workers,
+    )
+    print("\n".join(search.lines(found)), flush=True)
+    _write_json([_row(point) for point in found.points])
+    return 0 if found.winner else 1
+
+
+def _row(point):
+    return {
+        "layout": str(point.candidate.settings),
+        "flags": list(point.candidate.flags),
+        "python": list(point.candidate.python),
+        "estimate": dataclasses.asdict(point.estimate),
+        "plan": point.plan,
+    }
 
 
 if __name__ == "__main__":

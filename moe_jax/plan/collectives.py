@@ -28,6 +28,9 @@ KINDS = (
 )
 
 
+_SLICE = 100_000  # Device ids of a slice begin at a multiple, the first at one.
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """The mesh as the program numbers its devices.
@@ -36,17 +39,19 @@ class Network:
       sizes: mesh axes in order.
       slice_of: slice of each device, in the order of the mesh.
       chip: bandwidths.
+      ids: JAX's number of each device; transfers between slices name these.
     """
 
     sizes: dict[str, int]
     slice_of: tuple[int, ...]
     chip: Chip
+    ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, mesh: Any, chip: Chip) -> "Network":
         flat = mesh.devices.flatten()
         slices = tuple(getattr(d, "slice_index", 0) or 0 for d in flat)
-        return cls(dict(mesh.shape), slices, chip)
+        return cls(dict(mesh.shape), slices, chip, tuple(d.id for d in flat))
 
     def axes(self, devices: Sequence[int]) -> tuple[str, ...]:
         """Mesh axes along which these devices differ."""
@@ -132,19 +137,50 @@ def measure(
     n = len(group)
     if len({network.slice_of[device] for device in group}) > 1:
         link = network.chip.dcn_bandwidth
-    payload, hops = sent, 1.0
-    if kind == "all-gather":
-        wire = sent * (n - 1)
-        payload = sent * n
-    elif kind == "all-reduce":
-        wire = 2 * sent * (n - 1) / n
-    else:
-        if kind == "ragged-all-to-all":  # Operands: rows to send, then the buffer.
-            payload = sent = min(shape.nbytes for shape in inputs[:2])
-        wire = sent * (n - 1) / n
-        if kind.endswith("all-to-all"):
-            hops = max(1.0, n / 4)
+    if kind == "ragged-all-to-all":  # Operands: rows to send, then the buffer.
+        sent = min(shape.nbytes for shape in inputs[:2])
+    hops = max(1.0, n / 4) if kind.endswith("all-to-all") else 1.0
+    payload, wire = _volume(kind, sent, n)
     return Collective(kind, network.axes(group), payload, wire, wire * hops / link)
+
+
+def _volume(kind: str, sent: float, n: int) -> tuple[float, float]:
+    """(payload, bytes on the wire) of a device that puts in `sent`, among n."""
+    if kind == "collective-permute":
+        return sent, sent
+    if kind == "all-gather":
+        return sent * n, sent * (n - 1)
+    times = 2 if kind == "all-reduce" else 1
+    return sent, times * sent * (n - 1) / n
+
+
+def between_slices(
+    network: Network, comp: Computation, send: Instruction
+) -> Collective | None:
+    """The collective that a `send` stands for; None where it is for the host alone.
+
+    XLA:TPU writes what goes between slices as send and recv of the runtime Megascale.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    target = re.search(r'_xla_megascale_target="?([^"]*?)"?,_xla', send.attributes)
+    if kind is None or target is None:
+        return None
+    kind = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    # Either "{1,2}x{0:3}", device i of both slices, or devices {{..},{..}}.
+    first = [int(n) for n in re.findall(r"\d+", target[1].split("}")[0])]
+    if "}x{" in target[1]:
+        own = network.ids[0] % _SLICE
+        group = [
+            place
+            for place, device in enumerate(network.ids)
+            if device % _SLICE == own and device // _SLICE in first
+        ]
+    else:
+        group = [network.ids.index(device) for device in first]
+    sent = comp.operands(send)[0].shapes[0].nbytes
+    payload, wire = _volume(kind, sent, len(group))
+    seconds = wire / network.chip.dcn_bandwidth
+    return Collective(kind, network.axes(group), payload, wire, seconds)
 
 
 def reduce_scatter(fusion: Instruction, reduce: Instruction) -> bool:

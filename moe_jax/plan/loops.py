@@ -1,7 +1,7 @@
 """How often a loop runs, where the program says so.
 
 A counted loop compares one element of its state, the counter, with a limit; the
-counter begins at a constant and grows by one. XLA writes the comparison or the
+counter begins at a constant and grows by another. XLA writes the comparison or the
 addition into a fusion at times. A loop that waits for data has no such form.
 """
 
@@ -24,26 +24,29 @@ def trip_count(module: Module, outer: Computation, loop: Instruction) -> int | N
     if compared is None:
         return None
     counter, limit, direction = compared
-    if _element(counter) is None:
+    if _element(condition, counter) is None:
         return None
     inits = _through(outer, outer.by_name.get(loop.operands[0]))
     step = _step(module, body, counter.index, inits, outer)
     begin = _initial(outer, inits, counter.index)
     end = _constant(condition, limit)
-    if end is None and _element(limit) is not None:
+    if end is None and _element(condition, limit) is not None:
         if _changes(body, limit.index):
             return None
         end = _initial(outer, inits, limit.index)
-    if begin is None or end is None or not step:
+    if begin is None or end is None or not step or direction == "EQ":
         return None
-    passes = (end - begin) / step + (direction in ("LE", "GE"))
-    return max(0, math.ceil(passes))
+    if direction in ("LE", "GE"):
+        end += 1 if step > 0 else -1
+    return max(0, math.ceil((end - begin) / step))
 
 
-def _element(instruction: Instruction | None) -> int | None:
-    if instruction is None or instruction.opcode != "get-tuple-element":
+def _element(comp: Computation, value: Instruction | None) -> int | None:
+    """Which element of the state it is; None for all else."""
+    if value is None or value.opcode != "get-tuple-element":
         return None
-    return instruction.index
+    state = comp.by_name[value.operands[0]]
+    return value.index if state.opcode == "parameter" else None
 
 
 def _through(comp: Computation, value: Instruction | None) -> Instruction | None:
@@ -95,7 +98,7 @@ def _changes(body: Computation, index: int) -> bool:
     if body.root.opcode != "tuple":
         return True
     value = _through(body, body.by_name.get(body.root.operands[index]))
-    return _element(value) != index
+    return _element(body, value) != index
 
 
 def _step(module, body, index, inits, outer) -> int | None:
@@ -109,16 +112,18 @@ def _step(module, body, index, inits, outer) -> int | None:
         value = place.root
     if value is None or value.opcode != "add":
         return None
+    terms = []
     for name in value.operands:
         term_place, term = place, _through(place, place.by_name.get(name))
         if call is not None and term is not None and term.opcode == "parameter":
             term_place = body
             term = _through(body, body.by_name.get(call.operands[term.index]))
-        found = _constant(term_place, term)
-        element = _element(term)
-        if found is None and element is not None and element != index:
-            if not _changes(body, element):
-                found = _initial(outer, inits, element)
-        if found is not None:
-            return found
+        terms.append((term_place, term))
+    for kept, added in (terms, terms[::-1]):
+        if _element(*kept) != index:
+            continue
+        found, element = _constant(*added), _element(*added)
+        if found is None and element is not None and not _changes(body, element):
+            found = _initial(outer, inits, element)
+        return found
     return None

@@ -11,7 +11,6 @@ class follows from the name stack of the operation that made it and from its sha
   dispatch      rows on their way to the experts and back, and inside the experts
   activations   all else of the model, forward and backward
   other         batch, router state, metrics, constants
-  unused        gaps between buffers, and what the compiler counts beyond them
 
 A weight's shape is any that sharding can give it. Where an activation has that shape
 too, the class is a guess between the two.
@@ -38,7 +37,6 @@ CLASSES = (
     "dispatch",
     "activations",
     "other",
-    "unused",
 )
 _VALUE = re.compile(
     r"value: <\d+ (\S+?)(?:\{([0-9,]*)\})?(?: \(phi\))? @(\d+)> "
@@ -75,12 +73,15 @@ class Memory:
     """The peak of one device.
 
     Attributes:
-      peak_bytes: all of it.
+      peak_bytes: what is alive then.
+      allocated_bytes: what the device must have: arguments and the heap in which all
+        temporaries find their place, gaps between them included.
       classes: bytes by class, in the order of `CLASSES`; they add up to the peak.
       largest: the buffers that are no arguments, the largest first.
     """
 
     peak_bytes: int
+    allocated_bytes: int
     classes: dict[str, int]
     largest: tuple[Buffer, ...]
 
@@ -100,7 +101,6 @@ def at_peak(
     buffers: str,
     live_ranges: str,
     shapes: "WeightShapes",
-    peak_bytes: int | None,
 ) -> Memory:
     """Memory at the moment of the largest need.
 
@@ -109,7 +109,6 @@ def at_peak(
       buffers: text of the compiler's buffer assignment.
       live_ranges: text of its live ranges.
       shapes: of the weights.
-      peak_bytes: as the compiler counts; None: what the buffers add up to.
     """
     arguments, temporaries, heap = _values(buffers)
     names = Names(module)
@@ -123,12 +122,13 @@ def at_peak(
     ]
     for buffer in live:
         classes[buffer.kind] += buffer.nbytes
-    found = sum(classes.values())
-    total = sum(v.nbytes for v in arguments) + heap if peak_bytes is None else 0
-    peak = max(found, total) if peak_bytes is None else peak_bytes
-    classes["unused"] = peak - found
     largest = sorted(live, key=lambda b: -b.nbytes)
-    return Memory(peak, classes, tuple(largest))
+    return Memory(
+        peak_bytes=sum(classes.values()),
+        allocated_bytes=sum(v.nbytes for v in arguments) + heap,
+        classes=classes,
+        largest=tuple(largest),
+    )
 
 
 def _values(text: str) -> tuple[list[_Value], list[_Value], int]:

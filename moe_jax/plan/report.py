@@ -119,6 +119,7 @@ class Plan:
       compile_seconds: on this machine.
       capacity_bytes: that a program may use; None: unknown.
       memory: at the peak of one device.
+      compiler_peak_bytes: as the compiler itself counts; None: it did not say.
       tokens: per step, all devices.
       model_flops: useful ones per device and step (6 per active weight and token,
         causal attention halved).
@@ -135,6 +136,7 @@ class Plan:
     compile_seconds: float
     capacity_bytes: int | None
     memory: Memory
+    compiler_peak_bytes: int | None
     tokens: int
     model_flops: float
     peak_flops: float
@@ -145,7 +147,7 @@ class Plan:
         """Whether the step fits in memory; None where that is not known."""
         if self.capacity_bytes is None:
             return None
-        return self.memory.peak_bytes <= self.capacity_bytes
+        return self.memory.allocated_bytes <= self.capacity_bytes
 
     @property
     def mfu(self) -> float:
@@ -163,7 +165,9 @@ class Plan:
         found["largest_buffers"] = [
             dataclasses.asdict(b) for b in self.memory.largest[:20]
         ]
-        found |= {"peak_bytes": self.memory.peak_bytes, "fits": self.fits}
+        found["peak_bytes"] = self.memory.peak_bytes
+        found["allocated_bytes"] = self.memory.allocated_bytes
+        found["fits"] = self.fits
         if self.step is not None:
             step = found.pop("step")
             found["step_seconds"] = step.pop("seconds")
@@ -180,6 +184,7 @@ def make_plan(
     *,
     loop_passes: float = 0.0,
     dump_folder: str | None = None,
+    quick: bool = False,
 ) -> Plan:
     """Compiles the train step and measures the program.
 
@@ -188,11 +193,14 @@ def make_plan(
       topology: of the devices.
       loop_passes: assumed of loops whose passes depend on data.
       dump_folder: where the compiler's files stay.
+      quick: without machine code and cycle estimates; see `program.compile_program`.
 
     Raises:
       UserError: the config does not suit the topology.
     """
-    compiled = program.compile_program(config, topology, dump_folder)
+    compiled = program.compile_program(
+        config, topology, dump_folder=dump_folder, quick=quick
+    )
     return from_program(config, compiled, loop_passes)
 
 
@@ -222,8 +230,8 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
             compiled.buffers,
             compiled.live_ranges,
             _weight_shapes(config, parts),
-            compiled.peak_bytes,
         ),
+        compiler_peak_bytes=compiled.peak_bytes,
         tokens=tokens,
         model_flops=per_token * tokens / len(topology.devices),
         peak_flops=chip.flops if chip else 0.0,

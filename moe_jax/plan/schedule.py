@@ -3,7 +3,8 @@
 Instructions run in order on one core. One takes the longest of its FLOPs at the peak
 rate, its HBM bytes at the bandwidth and, for matrix products, the compiler's own
 cycle estimate. Collectives run beside it one after another, from their start to their
-done; where the core waits for one, it is exposed. A synchronous one is all exposed.
+done, those between slices apart; where the core waits for one, it is exposed. A
+synchronous one is all exposed.
 Modelled: the figures compare programs; they are no measurement.
 """
 
@@ -163,7 +164,8 @@ class Timeline:
         self.walk = walk
         self.comp = comp
         self.total = Totals()
-        self.link_free = 0.0
+        self.free = {"links": 0.0, "slices": 0.0}
+        self.rendezvous: dict[str, str] = {}  # Of sends and recvs.
         self.flying: dict[str, tuple[float, Traffic | None]] = {}
         self.last_fused: tuple[float, Traffic | None] | None = None
 
@@ -177,6 +179,8 @@ class Timeline:
         opcode = instruction.opcode
         if opcode in ("while", "conditional", "call"):
             self._control(instruction)
+        elif opcode in ("send", "recv"):
+            self._exchange(instruction)
         elif opcode.endswith("-done"):
             self._land(instruction.operands)
         elif opcode.endswith("-start"):
@@ -223,21 +227,35 @@ class Timeline:
         self._traffic(found).exposed += found.seconds
         self._pass(found.seconds, instruction)
 
-    def _launch(self, name: str, found: Collective) -> None:
-        begin = max(self.total.seconds, self.link_free)
-        self.link_free = begin + found.seconds
-        self.flying[name] = (self.link_free, self._traffic(found))
+    def _launch(self, name: str, found: Collective, network: str = "links") -> None:
+        begin = max(self.total.seconds, self.free[network])
+        self.free[network] = begin + found.seconds
+        self.flying[name] = (self.free[network], self._traffic(found))
+
+    def _exchange(self, instruction: Instruction) -> None:
+        """A transfer between slices: it begins when sent, and recv waits for it."""
+        key = re.search(r'_rendezvous="([^"]*)"', instruction.attributes)
+        found = collectives.between_slices(self.walk.network, self.comp, instruction)
+        if key is None or found is None:
+            return
+        if instruction.opcode == "send":
+            self._launch(key[1], found, "slices")
+        self.rendezvous[instruction.name] = key[1]
 
     def _land(self, names: tuple[str, ...]) -> None:
         for name in names:
+            name = self.rendezvous.get(name, name)
             self._wait(self.flying.pop(name, None))
 
     def _wait(self, flight: tuple[float, Traffic | None] | None) -> None:
         if flight is None or flight[0] <= self.total.seconds:
             return
         end, traffic = flight
+        waited = end - self.total.seconds
         if traffic is not None:
-            traffic.exposed += end - self.total.seconds
+            traffic.exposed += waited
+        else:  # Copies by another core.
+            self.total.memory_seconds += waited
         self.total.seconds = end
 
     def _pass(self, seconds: float, instruction: Instruction) -> None:

@@ -31,17 +31,18 @@ def lines(plan: Plan) -> Iterator[str]:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much, in one line."""
-    peak = plan.memory.peak_bytes / 1e9
+    need = plan.memory.allocated_bytes / 1e9
+    said = f"{plan.memory.peak_bytes / 1e9:.3f} GB at the peak, {need:.3f} allocated"
     if plan.capacity_bytes is None:
-        return f"{peak:.3f} GB, by the host's compiler: a stand-in for the real one"
+        return f"{said}, by the host's compiler: a stand-in for the real one"
     room = plan.capacity_bytes / 1e9
     if plan.fits:
-        return f"{peak:.3f} of {room:.2f} GB: fits, {room - peak:.2f} GB to spare"
-    return f"{peak:.3f} of {room:.2f} GB: DOES NOT FIT, {peak - room:.2f} GB too much"
+        return f"{said} of {room:.2f}: fits, {room - need:.2f} GB to spare"
+    return f"{said} of {room:.2f}: DOES NOT FIT, {need - room:.2f} GB too much"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    yield f"memory at the peak   {verdict(plan)}"
+    yield f"memory  {verdict(plan)}"
     for kind, nbytes in plan.memory.classes.items():
         share = nbytes / plan.memory.peak_bytes
         yield f"  {kind:<12} {nbytes / 1e9:9.3f} GB  {share:6.1%}"

@@ -22,7 +22,7 @@ _TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Two compilations at once.
 }
-_NAME = re.compile(r"([^:]+):(\d+(?:x\d+)*)((?:_twisted|_untwisted)?)")
+_NAME = re.compile(r"([^:]+):([1-9]\d*(?:x[1-9]\d*)*)((?:_twisted|_untwisted)?)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def find(name: str, slices: int = 1) -> Topology:
     match = _NAME.fullmatch(name)
     if not match:
         raise _wrong(name, "it is not KIND:SHAPE")
-    kind, shape = match[1], [int(n) for n in match[2].split("x")]
+    kind, shape = match[1].lower(), [int(n) for n in match[2].split("x")]
     if kind == "cpu":
         return _host(name, math.prod(shape), slices)
     if importlib.util.find_spec("libtpu") is None:
@@ -106,7 +106,7 @@ def _tpu(name: str, kind: str, shape: list[int], slices: int) -> Topology:
 
     jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = {}
-    if kind in ("v4", "TPU v4"):
+    if kind in ("v4", "tpu v4"):
         options["chip_config_name"] = "megacore"  # Both cores as one device.
     if slices > 1:
         options["num_slices"] = slices

@@ -104,8 +104,7 @@ def _convolution_flops(comp: Computation, conv: Instruction) -> float:
         outputs = out.dims[out_labels.index(str(i))]
         real = _real_taps(inputs, outputs, size, stride, pad, lhs_dilate, rhs_dilate)
         products *= real / outputs
-    groups = re.search(r"batch_group_count=(\d+)", conv.attributes)
-    return 2.0 * products / (int(groups[1]) if groups else 1)
+    return 2.0 * products
 
 
 def _window(attributes: str) -> list[tuple[int, int, int, int, int]]:

@@ -1,0 +1,218 @@
+"""What a train step would cost on a mesh, by formulas: no compilation, milliseconds.
+
+Each part of the step (attention, experts, ...) takes the longer of its FLOPs at the
+rate that matrix products reach and its HBM bytes at the bandwidth; collectives follow
+one after another and overlap nothing, as most of them do in today's programs. The
+bytes of parameters and optimizer state are exact, all else is counted from shapes.
+
+The figures rank layouts of one config; `moe_jax.plan.program` compiles the best.
+"""
+
+import dataclasses
+import math
+
+from moe_jax.config import Config
+from moe_jax.plan import exchanges, footprint
+from moe_jax.plan import facts as facts_lib
+from moe_jax.plan.chips import Chip
+from moe_jax.plan.exchanges import COLLECTIVES, MATMUL_RATE
+from moe_jax.plan.facts import Facts, Layout, Weight
+
+# HBM bytes per attention score in a forward pass: written and read in float32. They
+# are also scaled, masked and exponentiated: what it takes, as bytes; on the chip less.
+SCORE_BYTES = 12
+SCORE_WORK = 16
+SCORE_WORK_ON_CHIP = 5
+# What a block works on stays on the chip up to so many bytes.
+ON_CHIP_BYTES = 96 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One device's step.
+
+    Attributes:
+      memory: bytes at the peak by class.
+      seconds: by part; those in `COLLECTIVES` are waits, the rest is work.
+      wire: bytes sent by collective part.
+      model_flops: of the mathematics.
+      executed_flops: with recomputation, padding, and scores that are masked out.
+      hbm_bytes: read and written.
+    """
+
+    memory: dict[str, float]
+    seconds: dict[str, float]
+    wire: dict[str, float]
+    model_flops: float
+    executed_flops: float
+    hbm_bytes: float
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(self.wire.values())
+
+    @property
+    def exposed_seconds(self) -> float:
+        return sum(self.seconds.get(part, 0.0) for part in COLLECTIVES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One forward pass of a part on one device; the backward pass is twice it.
+
+    Attributes:
+      part: name.
+      flops: floating point operations.
+      hbm: bytes.
+      redone: executed again in the backward pass.
+      extra: time that it takes at least, as bytes of HBM traffic.
+      pieces: bytes that products in pieces read again in one of the passes.
+    """
+
+    part: str
+    flops: float
+    hbm: float
+    redone: bool
+    extra: float = 0.0
+    pieces: float = 0.0
+
+    def seconds(self, chip: Chip) -> float:
+        return max(
+            self.flops / (MATMUL_RATE * chip.flops),
+            max(self.hbm, self.extra) / chip.hbm_bandwidth,
+        )
+
+
+def _pieces(lay: Layout, weight: Weight, side: float) -> float:
+    """Bytes that a product in pieces moves again, on all layers; see `Layout`."""
+    if not lay.in_pieces or weight.part == "experts":
+        return 0.0
+    moved = weight.layers * lay.ways("embed") * lay.tokens * side * lay.width
+    if not weight.block:
+        return moved  # The gradient of the logits, read for each piece.
+    result = 4 * lay.tokens * side
+    if weight.axes[-1] == "embed" or 8 * result <= ON_CHIP_BYTES:
+        return 0.0  # Each piece makes a part of the result, or it stays at hand.
+    # Read and written in float32 where it does not fit.
+    return 4 * moved if 4 * result > ON_CHIP_BYTES else moved
+
+
+def _weight_work(lay: Layout, weight: Weight) -> Work:
+    """A matrix times its rows; one side of it is the model's width."""
+    is_expert = weight.part == "experts"
+    experts = lay.moe.num_experts if is_expert else 1
+    rows = weight.layers * (lay.served if is_expert else lay.tokens)
+    tensor = lay.ways("tensor") if weight.part != "router" else 1
+    side = weight.size / (weight.layers * experts * lay.model.d_model) / tensor
+    gathered = weight.size / tensor / (lay.ways("expert") if is_expert else 1)
+    hbm = lay.width * (rows * (lay.model.d_model + side) + 2 * gathered)
+    flops = 2 * rows * lay.model.d_model * side
+    pieces = _pieces(lay, weight, side)
+    if not weight.block:
+        # float32 logits: written, and read for the loss.
+        hbm += 2 * 4 * lay.tokens * side
+        return Work("logits", flops, hbm, False, pieces=pieces)
+    remat = lay.model.remat
+    redone = remat == "full" or (remat == "dots" and is_expert)
+    return Work(weight.part, flops, hbm, redone, pieces=pieces)
+
+
+def _attention(lay: Layout) -> Work:
+    """Scores, softmax and mixing, whose passes may not fit on the chip."""
+    model = lay.model
+    scores = lay.tokens * lay.length * model.num_heads / lay.ways("heads")
+    on_chip = 4 * scores <= ON_CHIP_BYTES
+    scores *= model.num_layers
+    return Work(
+        "attention",
+        flops=4 * scores * model.width_per_head,
+        hbm=0.0 if on_chip else SCORE_BYTES * scores,
+        redone=model.remat != "none",
+        extra=(SCORE_WORK_ON_CHIP if on_chip else SCORE_WORK) * scores,
+    )
+
+
+def _forward(facts: Facts, lay: Layout) -> list[Work]:
+    model, redone = lay.model, lay.model.remat != "none"
+    is_lookup = lambda w: w.part == "embedding" and not model.tie_embeddings
+    products = [_weight_work(lay, w) for w in facts.weights if not is_lookup(w)]
+    stream = lay.tokens * model.d_model * lay.width
+    passes = 1 if 4 * stream <= ON_CHIP_BYTES else 2
+    # Where nothing is sent, every expert has a copy of every row.
+    rows = (lay.sent or lay.served) * model.d_model * lay.width
+    moves = 2 * passes * (2 if lay.sent and lay.ways("expert") > 1 else 1)
+    return [
+        *products,
+        _attention(lay),
+        Work("norms", 0.0, 6 * passes * model.num_layers * stream, redone),
+        Work("dispatch", 0.0, moves * lay.moe_layers * rows, redone),
+    ]
+
+
+def _work(facts: Facts, lay: Layout, chip: Chip) -> tuple[dict, float, float]:
+    """Seconds by part, executed FLOPs and HBM bytes of a step."""
+    seconds: dict[str, float] = {}
+    flops = hbm = 0.0
+    for work in _forward(facts, lay):
+        once = lay.micro_batches * work.seconds(chip)
+        again = lay.micro_batches * work.pieces / chip.hbm_bandwidth
+        seconds[work.part] = seconds.get(work.part, 0.0) + 3 * once + again
+        times = 3 + work.redone
+        if work.redone:
+            seconds["recomputation"] = seconds.get("recomputation", 0.0) + once
+        flops += lay.micro_batches * times * work.flops
+        hbm += lay.micro_batches * times * work.hbm
+    # Written by the forward pass and read by the backward pass.
+    saved = 2 * lay.micro_batches * sum(footprint.kept(facts, lay).values())
+    seconds["kept activations"] = saved / chip.hbm_bandwidth
+    # Read and written; gradients are read for their norm and for the update, and
+    # with micro-batches added up.
+    sizes = [(leaf, leaf.local_bytes(lay.sizes)) for leaf in facts.leaves]
+    gradients = sum(size for leaf, size in sizes if leaf.trained)
+    update = 2 * sum(size for _, size in sizes) + 2 * gradients
+    if lay.micro_batches > 1:
+        update += 3 * lay.micro_batches * gradients
+    seconds["optimizer"] = update / chip.hbm_bandwidth
+    return seconds, flops, hbm + saved + update
+
+
+def estimate(
+    config: Config, chip: Chip, sizes: dict[str, int], slices: int = 1
+) -> Estimate:
+    """The cost of a legal config's step on one device.
+
+    Args:
+      config: the experiment; its own mesh is not looked at.
+      chip: the device.
+      sizes: of all mesh axes.
+      slices: that the data axis spans.
+
+    Raises:
+      UserError: the model is of a family whose cost is not known here.
+    """
+    facts = facts_lib.of_config(config)
+    lay = facts_lib.layout_of(config, sizes, slices)
+    memory = footprint.at_peak(facts, lay)
+    seconds, flops, hbm = _work(facts, lay, chip)
+    wire: dict[str, float] = {}
+    for exchange in exchanges.exchanges(facts, lay, chip):
+        sent, secs = exchange.cost(lay, chip)
+        wire[exchange.part] = wire.get(exchange.part, 0.0) + sent
+        seconds[exchange.part] = seconds.get(exchange.part, 0.0) + secs
+    whole = config.train.batch_size * config.data.sequence_length
+    return Estimate(
+        memory=memory,
+        seconds=seconds,
+        wire=wire,
+        model_flops=whole * facts.flops_per_token / math.prod(sizes.values()),
+        executed_flops=flops,
+        hbm_bytes=hbm,
+    )

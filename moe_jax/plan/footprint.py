@@ -1,0 +1,138 @@
+"""What a train step keeps in memory at its peak, by formulas.
+
+Parameters and optimizer state are exact. The rest is counted at two moments of the
+backward pass: at the loss, where the logits are, and inside of a block.
+"""
+
+from collections.abc import Iterable
+
+from moe_jax.plan.facts import Facts, Layout, Weight
+
+Memory = dict[str, float]
+_CLASSES = ("activations", "dispatch", "gathered weights")
+
+
+def _sum(parts: Iterable[Memory]) -> Memory:
+    parts = list(parts)
+    return {name: sum(part[name] for part in parts) for name in _CLASSES}
+
+
+def _times(part: Memory, count: float) -> Memory:
+    return {name: size * count for name, size in part.items()}
+
+
+def _side(lay: Layout, weight: Weight, experts: int = 1) -> float:
+    """The side of a matrix that is not the model's width, on one device."""
+    one = weight.size / (weight.layers * experts * lay.model.d_model)
+    return one / lay.ways("tensor")
+
+
+def _scores(lay: Layout) -> float:
+    return lay.tokens * lay.length * lay.model.num_heads / lay.ways("heads")
+
+
+def _block(lay: Layout, weights: list[Weight]) -> Memory:
+    """What one block with these weights keeps for its backward pass, all of it."""
+    model, width = lay.model, lay.width
+    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width_per_head
+    heads /= lay.ways("heads")
+    # Softmax in float32 and its result in the computation's type.
+    activations = lay.tokens * width * (heads + 4 * model.d_model)
+    activations += _scores(lay) * (4 + width)
+    dispatch = gathered = 0.0
+    for weight in weights:
+        if weight.part == "feed-forward":
+            activations += lay.tokens * _side(lay, weight) * width
+        if weight.part == "experts":
+            experts = lay.moe.num_experts
+            dispatch += lay.served * _side(lay, weight, experts) * width
+            local = lay.ways("expert", "mlp")
+            gathered += weight.size / weight.layers / local * width
+    if gathered:
+        # Sent, served, and brought back.
+        dispatch += 3 * lay.sent * model.d_model * width
+    return dict(zip(_CLASSES, (activations, dispatch, gathered), strict=True))
+
+
+def _kept_by_dots(facts: Facts, lay: Layout) -> float:
+    """Outputs of matrix products without batch dimensions, of all layers."""
+    total = 0.0
+    for weight in facts.weights:
+        if weight.part in ("attention", "feed-forward", "router"):
+            out = weight.axes[-1] == "embed"
+            width = lay.model.d_model if out else _side(lay, weight)
+            total += weight.layers * lay.tokens * width * lay.width
+    return total
+
+
+def _segments(facts: Facts, lay: Layout) -> list[tuple[int, Memory]]:
+    """Repeats of each segment, and what one repeat keeps."""
+    blocks: dict[str, list[Weight]] = {}
+    for weight in facts.weights:
+        if weight.block:
+            blocks.setdefault(weight.block, []).append(weight)
+    segments: dict[str, list[str]] = {}
+    for name in blocks:
+        segments.setdefault(name.split("/")[0], []).append(name)
+    return [
+        (blocks[names[0]][0].layers, _sum(_block(lay, blocks[name]) for name in names))
+        for names in segments.values()
+    ]
+
+
+def _logits(lay: Layout) -> float:
+    """Logits in float32, their gradient in 2 bytes; the matrix and its gradient."""
+    vocab = lay.model.vocab_size / lay.ways("vocab")
+    matrix = vocab * lay.model.d_model
+    return 6 * lay.tokens * vocab + matrix * (lay.width + 4 / lay.ways("embed"))
+
+
+def kept(facts: Facts, lay: Layout) -> Memory:
+    """Bytes by class that the forward pass keeps for the backward pass."""
+    segments = _segments(facts, lay)
+    if lay.model.remat == "none":
+        found = _sum(_times(part, repeats) for repeats, part in segments)
+    else:
+        found = dict.fromkeys(_CLASSES, 0.0)
+    stream = lay.tokens * lay.model.d_model * lay.width
+    found["activations"] += stream * sum(repeats for repeats, _ in segments)
+    if lay.model.remat == "dots":
+        found["activations"] += _kept_by_dots(facts, lay)
+    return found
+
+
+def at_peak(facts: Facts, lay: Layout) -> Memory:
+    """Bytes by class at the peak: at the loss, or inside of a block's backward pass."""
+    state = {"parameters": 0.0, "optimizer": 0.0}
+    gradients = 0.0
+    for leaf in facts.leaves:
+        size = leaf.local_bytes(lay.sizes)
+        state[leaf.kind] += size
+        gradients += size * leaf.trained
+    # In the block's backward pass: the gradient of the scores, of gathered weights.
+    parts = (part for _, part in _segments(facts, lay))
+    block = dict(max(parts, key=lambda part: sum(part.values())))
+    block["gathered weights"] *= 2
+    block["activations"] += lay.width * _scores(lay)
+    # The compiler converts the weights of all layers before its loop over them, and
+    # may compute the output matrix's gradient last.
+    vocab = lay.model.vocab_size / lay.ways("vocab")
+    block["gathered weights"] += _converted(facts, lay)
+    block["activations"] += 2 * lay.tokens * vocab
+    added_up = gradients if lay.micro_batches > 1 else 0.0
+    saved, logits = kept(facts, lay), _logits(lay)
+    if logits > sum(block.values()) + gradients:
+        return {**state, "gradients": added_up, **saved, "logits": logits}
+    inside = _sum((saved, block))
+    return {**state, "gradients": added_up + gradients, **inside, "logits": 0.0}
+
+
+def _converted(facts: Facts, lay: Layout) -> float:
+    """The blocks' weights in the computation's type, where parameters are wider."""
+    total = 0.0
+    for weight in facts.weights:
+        if weight.block:
+            axes = (axis for axis in weight.axes if axis)
+            total += weight.size / lay.ways(*axes) * lay.width
+    wide = any(leaf.itemsize > lay.width for leaf in facts.leaves if leaf.trained)
+    return total if wide else 0.0

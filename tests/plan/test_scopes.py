@@ -1,0 +1,47 @@
+"""The parts of the model, and that a real step's seconds and traffic add up."""
+
+import pytest
+
+from moe_jax.plan import hlo, schedule
+from moe_jax.plan.collectives import Network
+
+
+@pytest.mark.parametrize(
+    "op_name, expected",
+    [
+        ("jit(train_step)/jvp()/while/body/closed_call/attention/dot", "attention"),
+        ("jit(f)/transpose(jvp())/while/body/shard_map/experts/dot", "experts"),
+        ("jit(f)/transpose(jvp(attention))/dot_general", "attention"),
+        ("jit(f)/feed_forward/router/top_k", "router"),
+        ("jit(f)/expertsx/add", "other"),
+        ("", "other"),
+    ],
+)
+def test_scope(op_name, expected):
+    assert schedule.scope(op_name) == expected
+
+
+@pytest.fixture(scope="module")
+def totals(tpu_step):
+    network = Network.of(tpu_step.parts.mesh, tpu_step.topology.chip)
+    return schedule.Walk(hlo.parse(tpu_step.text), network).run()
+
+
+def test_bounds_add_up_to_the_step(totals):
+    bounds = totals.matmul_seconds + totals.memory_seconds + totals.exposed_seconds
+    assert totals.seconds == pytest.approx(bounds)
+    assert 0 < sum(totals.scopes.values()) <= totals.seconds * (1 + 1e-9)
+    assert {"attention", "experts", "router", "logits"} <= set(totals.scopes)
+
+
+def test_exchanges_of_a_step(tpu_step, totals):
+    layers = tpu_step.parts.config.model.num_layers
+    one = totals.traffic[("all-to-all", ("expert",))]
+    # A layer sends rows to the experts and back, forward and backward.
+    assert one.count == 4 * layers
+    # 64 assignments of a device to 4 experts: 16 each, 20 with the capacity factor,
+    # in eights 24, of width 32. What meets a product next goes as bfloat16.
+    assert one.payload == 2 * layers * 4 * 24 * 32 * (4 + 2)
+    assert one.wire == one.payload / 2
+    # Rounds for what does not fit wait for data: one loop forward, one backward.
+    assert [met for met, _ in totals.dynamic.values()] == [layers, layers]

@@ -38,9 +38,7 @@ def get_config() -> Config:
             remat="full",
         ),
         objective=NextToken(),
-        data=DataConfig(
-            source=PythonSource(), tokenizer=Bytes(), sequence_length=1024
-        ),
+        data=DataConfig(source=PythonSource(), tokenizer=Bytes(), sequence_length=1024),
         optimizer=AdamW(learning_rate=3e-4, weight_decay=0.1),
         schedule=Cosine(warmup_steps=100),
         train=TrainConfig(steps=1000, batch_size=64),

@@ -43,9 +43,7 @@ def get_config() -> Config:
             remat="full",
         ),
         objective=NextToken(),
-        data=DataConfig(
-            source=PythonSource(), tokenizer=Bytes(), sequence_length=4096
-        ),
+        data=DataConfig(source=PythonSource(), tokenizer=Bytes(), sequence_length=4096),
         optimizer=AdamW(learning_rate=4.2e-4, weight_decay=0.1),
         schedule=Cosine(warmup_steps=2000),
         train=TrainConfig(steps=100_000, batch_size=32),

@@ -16,6 +16,7 @@ lines to paste. Exits with 1 where the step does not fit.
 
 import dataclasses
 import json
+import os
 
 from absl import flags
 
@@ -36,7 +37,7 @@ def define_flags() -> None:
         "loop_passes", 0.0, "Passes assumed of loops that depend on data.", 0.0
     )
     flags.DEFINE_bool("search", False, "Look for the best mesh and settings.")
-    flags.DEFINE_integer("compile_best", 8, "With --search: points to compile.", 1)
+    flags.DEFINE_integer("compile_best", 16, "With --search: points to compile.", 1)
     flags.DEFINE_integer("workers", 2, "With --search: compilations at once.", 1)
 
 
@@ -46,6 +47,7 @@ def main() -> int:
         from moe_jax.plan import topology
 
         raise UserError(f"--topology is missing: {topology.describe_names()}")
+    _check_json()
     if FLAGS.search:
         return _search(config)
     from moe_jax.plan import program, report, text, topology
@@ -61,6 +63,16 @@ def main() -> int:
     _write_json(plan.to_json())
     status = 1 if plan.fits is False else 0
     return program.leave(status) if FLAGS.quick else status
+
+
+def _check_json() -> None:
+    """Before minutes of compilation: can the file be written?"""
+    folder = os.path.dirname(os.path.abspath(FLAGS.json))
+    if FLAGS.json and (os.path.isdir(FLAGS.json) or not os.access(folder, os.W_OK)):
+        raise UserError(
+            f"--json={FLAGS.json} cannot be written: name a file in a folder that "
+            "exists and may be written to"
+        )
 
 
 def _write_json(figures) -> None:

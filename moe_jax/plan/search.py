@@ -3,7 +3,8 @@
 The analytic model ranks all candidates in seconds. Half of the compilations go to its
 best, no more than two on one mesh so that one error of the model does not take them
 all; the other half to neighbours of the best that was compiled. The config's own
-layout is always among them.
+layout is always among them. Compilations stop before machine code
+(`program.compile_program`), so that twenty of them take minutes.
 """
 
 import concurrent.futures

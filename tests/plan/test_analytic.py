@@ -221,6 +221,13 @@ def test_the_tensor_sums_by_hand(tiny):
     assert found.wire["tensor sums"] == 2 * 2 * 2 * 2 * (8 * 32 * 32 * 4) / 2
 
 
+def test_the_context_gathers_by_hand(tiny):
+    found = estimate(tiny, context=2, tensor=2)
+    # Keys and values of 8 rows of 32 tokens, one of 2 heads of 8; float32; 2 layers,
+    # forward and backward.
+    assert found.wire["context gathers"] == 2 * 2 * (2 * 8 * 32 * 8 * 4) / 2
+
+
 def test_slices_are_joined_by_the_slow_network(tiny):
     one = estimate(tiny, data=2, fsdp=4)
     two = estimate(tiny, data=2, fsdp=4, slices=2)

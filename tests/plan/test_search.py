@@ -215,6 +215,18 @@ def test_the_second_half_goes_to_neighbours_of_the_best(large):
     assert max(meshes.count(mesh) for mesh in meshes) <= 2
 
 
+def test_the_first_choice_takes_no_more_than_two_of_a_mesh(large):
+    found = run(large, Compiler(by_micro_batches), compile_best=1)
+    mesh = found.given.candidate.settings.mesh
+    of_mesh = [p for p in found.points if p.candidate.settings.mesh == mesh]
+    other = next(p for p in found.points if p not in of_mesh)
+    chosen = search.first_choice([*of_mesh, other], 4)
+    assert len(of_mesh) > 3 and len(chosen) == 3 and other in chosen
+    fastest = sorted(of_mesh, key=lambda p: p.estimate.step_seconds)[:2]
+    assert [p for p in chosen if p is not other] == fastest
+    assert search.first_choice(of_mesh, 1) == fastest[:1]
+
+
 def test_what_does_not_fit_or_fails_never_wins(large):
     def cost(settings):
         if settings.remat == "none":
@@ -340,7 +352,7 @@ def test_the_worker_writes_a_plan_or_an_error(tiny, tmp_path, monkeypatch, error
         def to_json(self):
             return {"fits": False}
 
-    def make_plan(config, where):
+    def make_plan(config, where, quick):
         assert config_json.to_json(config) == config_json.to_json(tiny)
         assert where == ("v5e:2x4", 2)
         if error:

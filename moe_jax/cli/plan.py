@@ -96,6 +96,7 @@ def _search(config) -> int:
         topology.find(FLAGS.topology, FLAGS.slices),
         compile_best=FLAGS.compile_best,
         workers=FLAGS.workers,
+        on_plan=lambda point: print(f"compiled {point.candidate.settings}", flush=True),
     )
     print("\n".join(search.lines(found)), flush=True)
     _write_json([_row(point) for point in found.points])

@@ -148,7 +148,8 @@ def search(
     points = _estimated(config, topology)
 
     def compiled(point: Point) -> Point:
-        request = Request.of(point.candidate.config, topology.name, topology.slices)
+        config = point.candidate.config
+        request = Request.of(config, topology.name, topology.slices, quick=True)
         plan = worker.plan(request, cache, compile_one)
         point = dataclasses.replace(point, plan=plan)
         on_plan(point)

@@ -20,7 +20,7 @@ from moe_jax.train.schedules import Cosine
 
 
 def get_config() -> Config:
-    """157 million parameters, 79 million of them active per token."""
+    """183 million parameters, 95 million of them active per token."""
     return Config(
         model=Decoder(
             vocab_size=32000,

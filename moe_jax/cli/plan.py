@@ -50,6 +50,14 @@ def main() -> int:
     _check_json()
     if FLAGS.search:
         return _search(config)
+    for name in ("compile_best", "workers"):
+        if FLAGS[name].present:
+            raise UserError(f"--{name} belongs to --search")
+    if FLAGS.topology.startswith("cpu:") and (FLAGS.quick or FLAGS.loop_passes):
+        raise UserError(
+            "--quick and --loop_passes are for TPUs; of the host's compiler only the "
+            "memory is read"
+        )
     from moe_jax.plan import program, report, text, topology
 
     plan = report.make_plan(
@@ -91,6 +99,8 @@ def _search(config) -> int:
 
     if FLAGS["dump-hlo"].value or FLAGS.loop_passes:
         raise UserError("--search takes neither --dump-hlo nor --loop_passes")
+    if FLAGS["quick"].present:
+        raise UserError("--search is quick always: leave out --quick")
     found = search.search(
         config,
         topology.find(FLAGS.topology, FLAGS.slices),

@@ -1,10 +1,11 @@
 """What a TPU core can do: public figures, and what the compiler assumes.
 
 A "device" is what JAX calls so: a whole chip from v4 on (tpu7x: half of one), a core
-of two before. Peak rates, bandwidths and links are those of Google Cloud's system
-architecture pages. `hbm_bytes` is what libtpu lets a program use. `clock` turns the
-compiler's cycle estimates of matrix products into seconds; it is the peak rate
-divided by the FLOPs per cycle which those estimates assume.
+of two before. Rates, bandwidths and links of v5e and v5p are those of Google Cloud's
+system architecture pages; those of the others are common knowledge that was not looked
+up again, least sure between slices. `hbm_bytes` is what libtpu lets a program use.
+`clock` turns the compiler's cycle estimates of matrix products into seconds; it is the
+peak rate divided by the FLOPs per cycle which those estimates assume.
 """
 
 import dataclasses

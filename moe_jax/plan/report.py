@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import Config
+from moe_jax.errors import RunError
 from moe_jax.parallel import rules
 from moe_jax.plan import hlo, memory, program, schedule
 from moe_jax.plan.collectives import Network
@@ -120,6 +121,7 @@ class Plan:
       capacity_bytes: that a program may use; None: unknown.
       memory: at the peak of one device.
       compiler_peak_bytes: as the compiler itself counts; None: it did not say.
+      refused: the compiler itself found too little memory.
       tokens: per step, all devices.
       model_flops: useful ones per device and step (6 per active weight and token,
         causal attention halved).
@@ -137,6 +139,7 @@ class Plan:
     capacity_bytes: int | None
     memory: Memory
     compiler_peak_bytes: int | None
+    refused: bool
     tokens: int
     model_flops: float
     peak_flops: float
@@ -147,7 +150,7 @@ class Plan:
         """Whether the step fits in memory; None where that is not known."""
         if self.capacity_bytes is None:
             return None
-        return self.memory.allocated_bytes <= self.capacity_bytes
+        return not self.refused and self.memory.allocated_bytes <= self.capacity_bytes
 
     @property
     def mfu(self) -> float:
@@ -205,8 +208,15 @@ def make_plan(
 
 
 def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) -> Plan:
-    """The plan of a compiled step."""
+    """The plan of a compiled step.
+
+    Raises:
+      RunError: the compiler stopped before there was a program to read.
+    """
     parts, topology = compiled.parts, compiled.topology
+    if not compiled.text:
+        why = compiled.out_of_memory or "it wrote no program"
+        raise RunError(f"the compiler stopped early for {topology}: {why}")
     module = hlo.parse(compiled.text)
     chip = topology.chip
     tokens = config.train.batch_size * config.data.sequence_length
@@ -232,6 +242,7 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
             _weight_shapes(config, parts),
         ),
         compiler_peak_bytes=compiled.peak_bytes,
+        refused=bool(compiled.out_of_memory),
         tokens=tokens,
         model_flops=per_token * tokens / len(topology.devices),
         peak_flops=chip.flops if chip else 0.0,

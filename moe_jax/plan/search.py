@@ -19,7 +19,7 @@ from moe_jax.plan.candidates import Candidate, Settings, candidates, settings_of
 from moe_jax.plan.topology import Topology
 from moe_jax.plan.worker import Plan, Request
 
-GIB = 2**30
+GB = 1e9
 # A layout whose estimated peak is beyond this share of the memory is not compiled:
 # the estimate was up to 30 % too high where it was compared.
 FIT_MARGIN = 1.3
@@ -208,19 +208,19 @@ def _more(new: dict[str, float], old: dict[str, float], scale: float, unit: str)
 def reason(point: Point, best: Point, capacity: float) -> str:
     """Why a layout loses against the best, with figures."""
     new, old = point.estimate, best.estimate
-    by_memory = _more(new.memory, old.memory, 1 / GIB, "GiB")
+    by_memory = _more(new.memory, old.memory, 1 / GB, "GB")
     by_time = _more(new.seconds, old.seconds, 1e3, "ms")
     if point.plan is not None and "error" in point.plan:
         return f"was not compiled: {point.plan['error']}"
     if point.compiles and not point.fits:
-        over = (point.plan["peak_bytes"] or new.peak_bytes) - capacity
-        return f"does not fit, {over / GIB:.2f} GiB too much: {by_memory}"
+        over = point.plan["allocated_bytes"] - capacity
+        return f"does not fit, {over / GB:.2f} GB too much: {by_memory}"
     if point.fits:
         slower = (point.plan["step_seconds"] - best.plan["step_seconds"]) * 1e3
         return f"{slower:+.2f} ms compiled: {by_time or _compiled(point, best)}"
     if new.peak_bytes > FIT_MARGIN * capacity:
-        over = (new.peak_bytes - capacity) / GIB
-        return f"would not fit, {over:.2f} GiB too much: {by_memory}"
+        over = (new.peak_bytes - capacity) / GB
+        return f"would not fit, {over:.2f} GB too much: {by_memory}"
     slower = (new.step_seconds - old.step_seconds) * 1e3
     if slower <= 0:
         return f"{slower:+.2f} ms estimated, but not compiled"
@@ -243,7 +243,7 @@ def _compiled(point: Point, best: Point) -> str:
 
 
 _HEAD = (
-    "    step, ms           peak, GiB\ncompiled estimated  compiled estimated  layout"
+    "    step, ms           peak, GB\ncompiled estimated  compiled estimated  layout"
 )
 
 
@@ -253,13 +253,13 @@ def _row(point: Point) -> str:
     if point.compiles:
         step = f"{plan['step_seconds'] * 1e3:.2f}" if plan["fits"] else "no fit"
         if plan["peak_bytes"]:
-            peak = f"{plan['peak_bytes'] / GIB:.2f}"
+            peak = f"{plan['peak_bytes'] / GB:.2f}"
     elif plan is not None:
         step = "failed"
     bound = f"  (bound by {plan['bound']})" if point.fits else ""
     return (
         f"{step:>8} {estimate.step_seconds * 1e3:>9.2f}  {peak:>8} "
-        f"{estimate.peak_bytes / GIB:>9.2f}  {point.candidate.settings}{bound}"
+        f"{estimate.peak_bytes / GB:>9.2f}  {point.candidate.settings}{bound}"
     )
 
 
@@ -269,7 +269,7 @@ def lines(result: Result, most_neighbours: int = 12) -> Iterator[str]:
     small = sum(p.estimate.peak_bytes <= limit for p in result.points)
     yield (
         f"{len(result.points)} layouts are legal on {result.topology}; {small} of them "
-        f"may fit in {result.capacity / GIB:.2f} GiB; {len(result.compiled)} compiled"
+        f"may fit in {result.capacity / GB:.2f} GB; {len(result.compiled)} compiled"
     )
     yield from _HEAD.split("\n")
     for point in result.compiled:
@@ -282,7 +282,7 @@ def lines(result: Result, most_neighbours: int = 12) -> Iterator[str]:
         smallest = min(result.points, key=lambda p: p.estimate.peak_bytes)
         yield (
             "None of them fits; the smallest by estimate needs "
-            f"{smallest.estimate.peak_bytes / GIB:.2f} GiB: "
+            f"{smallest.estimate.peak_bytes / GB:.2f} GB: "
             f"{smallest.candidate.settings}"
         )
         return

@@ -38,6 +38,8 @@ def verdict(plan: Plan) -> str:
     room = plan.capacity_bytes / 1e9
     if plan.fits:
         return f"{said} of {room:.2f}: fits, {room - need:.2f} GB to spare"
+    if need <= room:
+        return f"{said} of {room:.2f}: DOES NOT FIT, says the compiler"
     return f"{said} of {room:.2f}: DOES NOT FIT, {need - room:.2f} GB too much"
 
 

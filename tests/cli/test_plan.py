@@ -43,7 +43,7 @@ def fails(run):
 def planned(monkeypatch):
     """Puts a plan that allocates so much in the place of a compilation."""
 
-    def stand_in(allocated, capacity):
+    def stand_in(allocated, capacity, refused=False):
         found = report.Plan(
             topology="v5e:2x4",
             slices=1,
@@ -57,6 +57,7 @@ def planned(monkeypatch):
                 allocated // 2, allocated, {"parameters": allocated // 2}, ()
             ),
             compiler_peak_bytes=None,
+            refused=refused,
             tokens=256,
             model_flops=1e6,
             peak_flops=0.0,
@@ -103,6 +104,10 @@ def test_a_missing_topology(fails):
             ["--topology=cpu:8", "--search", "--loop_passes=2"],
             "--search takes neither --dump-hlo nor --loop_passes",
         ),
+        (["--topology=cpu:8", "--quick"], "--quick and --loop_passes are for TPUs"),
+        (["--topology=cpu:8", "--loop_passes=1"], "--loop_passes are for TPUs"),
+        (["--topology=cpu:8", "--workers=3"], "--workers belongs to --search"),
+        (["--topology=cpu:8", "--search", "--quick"], "leave out --quick"),
     ],
 )
 def test_mistakes(fails, flags, message):
@@ -145,6 +150,14 @@ def test_status_says_whether_it_fits(run, planned, allocated, capacity, status, 
     found, out, err = run("--topology=cpu:8")
     assert (found, err) == (status, "")
     assert words in out
+
+
+def test_what_the_compiler_refuses_does_not_fit(run, planned):
+    # By our own count there would be room.
+    planned(3 * 10**9, 4 * 10**9, refused=True)
+    status, out, _ = run("--topology=cpu:8")
+    assert status == 1
+    assert "DOES NOT FIT, says the compiler" in out
 
 
 @pytest.mark.slow

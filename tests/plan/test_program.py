@@ -87,6 +87,8 @@ def test_failures_of_the_compiler(failing, host, make_config):
     found = program.compile_program(make_config(expert=2, data=4), host)
     assert (found.peak_bytes, found.text) == (None, "")
     assert found.out_of_memory == "RESOURCE_EXHAUSTED: 99 GB"
+    with pytest.raises(RunError, match=r"stopped early for cpu:8.*99 GB"):
+        report.from_program(make_config(expert=2, data=4), found)
 
 
 def test_files_are_kept_only_where_asked(

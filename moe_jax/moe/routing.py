@@ -71,6 +71,41 @@ class Tokens:
     condition: PyTree = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which tokens compete or mix: blocks of rows x positions of the batch.
+
+    (1, S) is one sequence, (B, S) the whole batch, (n, 1) the same position of n rows.
+
+    Attributes:
+      batch_shape: (B, S).
+      rows: rows in a group; divides B.
+      positions: positions in a group; divides S.
+    """
+
+    batch_shape: tuple[int, int]
+    rows: int
+    positions: int
+
+    def split(self, x: Array) -> Array:
+        """(T, ...) -> (G, N, ...): N = rows * positions tokens of each group."""
+        (b, s), r, p = self.batch_shape, self.rows, self.positions
+        blocks = x.reshape(b // r, r, s // p, p, *x.shape[1:]).swapaxes(1, 2)
+        return blocks.reshape(b // r * (s // p), r * p, *x.shape[1:])
+
+    def join(self, x: Array) -> Array:
+        """The way back: (G, N, ...) -> (T, ...)."""
+        (b, s), r, p = self.batch_shape, self.rows, self.positions
+        blocks = x.reshape(b // r, s // p, r, p, *x.shape[2:]).swapaxes(1, 2)
+        return blocks.reshape(b * s, *x.shape[2:])
+
+    def of_tokens(self) -> Array:
+        """(T,) int32, the group of each token."""
+        (b, s), r, p = self.batch_shape, self.rows, self.positions
+        row, position = jnp.arange(b)[:, None] // r, jnp.arange(s)[None, :] // p
+        return (row * (s // p) + position).reshape(-1).astype(jnp.int32)
+
+
 @struct(static=("num_experts", "expected_k"))
 class Routing:
     """Discrete routing: which experts serve which token, with which weight.
@@ -83,13 +118,16 @@ class Routing:
       weight_tk: (T, K) float, what multiplies the expert's output.
       valid_tk: (T, K) bool; an entry that is not valid is not served.
       probs_te: (T, E) float, for the balance losses: non-negative, sums to 1.
-      logits_te: (T, E) float, the scorer's output, for the z-loss.
+      logits_te: (T, E) float, the scorer's output, without noise, for the z-loss.
       choice_te: (T, E) float, what was compared in the selection (with bias, noise
         or group mask), for near-ties and analysis.
       valid_t: (T,) bool; tokens that take part in the statistics.
       num_experts: E.
       expected_k: expected experts per token; sizes buffers (K is only the maximum).
       group_t: (T,) int32, the group within which tokens compete; None: no competition.
+      noisy_te: (T, E) float, the logits with the noise of a noisy router, from which
+        it selected (in evaluation they are `logits_te`); None: no such noise.
+      noise_std: broadcasts to (T, E), the deviation of that noise.
     """
 
     expert_tk: Array
@@ -102,6 +140,8 @@ class Routing:
     num_experts: int
     expected_k: float
     group_t: Array | None = None
+    noisy_te: Array | None = None
+    noise_std: Array | None = None
 
 
 @struct(static=("num_experts", "expected_k"))
@@ -123,17 +163,20 @@ class Assignments:
     expected_k: float
 
 
-@struct(static=("num_experts",))
+@struct(static=("num_experts", "groups"))
 class Mixing:
     """Continuous routing: slots are mixtures of tokens (Soft MoE, Mixture of Tokens).
 
+    Each group g has its own slots: `slot_gep = sum_{t in g} merge_tep * x_t`, and the
+    output of its tokens is `y_t = sum_ep emit_tep * f_e(slot_gep)`.
+
     Attributes:
-      merge_tep: (T, E, P); slot p of expert e is `sum_t merge_tep * x_t`.
-      emit_tep: (T, E, P); the output is `sum_ep emit_tep * f_e(slot_ep)`.
-      logits_tep: (T, E, P).
+      merge_tep: (T, E, P) float, zero for padding.
+      emit_tep: (T, E, P) float, zero for padding.
+      logits_tep: (T, E, P) float.
       valid_t: (T,) bool.
       num_experts: E.
-      group_t: (T,) int32, the group within which tokens are mixed.
+      groups: the tokens that are mixed.
     """
 
     merge_tep: Array
@@ -141,7 +184,7 @@ class Mixing:
     logits_tep: Array
     valid_t: Array
     num_experts: int
-    group_t: Array | None = None
+    groups: Groups
 
 
 @struct(static=("top_k",))

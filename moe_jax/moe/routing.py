@@ -216,7 +216,9 @@ class DispatchStats:
       dropped: assignments that no expert served.
       rounds: rounds of exchange (the maximum over the mesh).
       peak_fill: largest bucket, in rows (the maximum over the mesh).
-      capacity: rows that a bucket holds in one round.
+      capacity: rows that a bucket holds in one round; 0: there are no buckets.
+      mean_fill: () float32, rows of a bucket in a uniform routing: the capacity is
+        `capacity_factor` times this, rounded up. None where there are no buckets.
     """
 
     assignments: Array
@@ -224,6 +226,7 @@ class DispatchStats:
     rounds: Array
     peak_fill: Array
     capacity: Array
+    mean_fill: Array | None = None
 
 
 @struct
@@ -258,6 +261,19 @@ class MoEAux:
     observation: Observation
     routing: Routing | Mixing | None = None
     taps: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+
+def biased(choice_te: Array, router_state: Mapping[str, Array]) -> Array:
+    """What a selector compares, with the bias of loss-free balancing (T, E).
+
+    Wang et al. 2024: "bias" (E,) is added; "factor" (E,), their multiplicative
+    variant, is multiplied, which raises a score only where scores are positive.
+    """
+    if "factor" in router_state:
+        choice_te = choice_te * router_state["factor"]
+    if "bias" in router_state:
+        choice_te = choice_te + router_state["bias"]
+    return choice_te
 
 
 def counts_per_expert(routing: Routing) -> Array:

@@ -328,13 +328,18 @@ def _prepare(options, rows, routing, experts, axes):
     return plan, inputs
 
 
-def _stats(plan: Plan, dropped: Array, rounds: Array, axes: Axes) -> DispatchStats:
+def _stats(
+    routing: Assignments, plan: Plan, dropped: Array, rounds: Array, axes: Axes
+) -> DispatchStats:
+    num_tokens = routing.expert_tk.shape[0]
+    mean_fill = num_tokens * routing.expected_k / routing.num_experts
     return DispatchStats(
         assignments=total(jnp.sum(plan.counts_e), axes.tokens),
         dropped=dropped,
         rounds=rounds,
         peak_fill=largest(jnp.max(plan.counts_e), axes.tokens),
         capacity=jnp.int32(plan.capacity),
+        mean_fill=jnp.float32(mean_fill),
     )
 
 
@@ -351,7 +356,7 @@ def bucket(
     y_td = serve(experts.run, axes, turn, *inputs)
     over_e = jnp.maximum(plan.counts_e - plan.capacity, 0)
     dropped = total(jnp.sum(over_e), axes.tokens)
-    return y_td, _stats(plan, dropped, jnp.int32(1), axes)
+    return y_td, _stats(routing, plan, dropped, jnp.int32(1), axes)
 
 
 def exact(
@@ -369,4 +374,4 @@ def exact(
     turn = make_round(plan, 0, plan.capacity)
     y_td = serve(experts.run, axes, turn, *inputs)
     y_td = y_td + later_rounds(experts.run, axes, *inputs, plan, rounds)
-    return y_td, _stats(plan, jnp.int32(0), rounds, axes)
+    return y_td, _stats(routing, plan, jnp.int32(0), rounds, axes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config
-from moe_jax.moe.routing import Array, Mode, Override, Routing, Tokens
+from moe_jax.moe.routing import Array, Mode, Override, Routing, Tokens, biased
 
 
 @config.node
@@ -63,14 +63,14 @@ def select(
 ) -> Routing:
     """Routes each valid token to its K best experts.
 
-    A "bias" (E,) in the router state is added for the choice only (loss-free
-    balancing, Wang et al. 2024); the weights come from the scores without it.
+    A bias in the router state (loss-free balancing) moves the choice only; the
+    weights come from the scores without it.
 
     Args:
       options: the config.
       logits_te: (T, E).
       tokens: for their validity.
-      router_state: may hold "bias".
+      router_state: see `routing.biased`.
       mode: training and evaluation do not differ.
       override: pruned experts, shifted logits, another K, or a routing to replay.
       key: not used; the choice is deterministic.
@@ -86,8 +86,7 @@ def select(
     choice_te = jax.lax.stop_gradient(
         probs_te if options.softmax == "before" else logits_te
     )
-    if "bias" in router_state:
-        choice_te = choice_te + router_state["bias"]
+    choice_te = biased(choice_te, router_state)
     if override is not None and override.expert_mask is not None:
         # After the bias, which would lift a pruned expert's probability of zero.
         choice_te = jnp.where(override.expert_mask, choice_te, -jnp.inf)

@@ -11,7 +11,8 @@ from moe_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from moe_jax.data.sources import PythonSource
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
-from moe_jax.moe.dispatch.buckets import Bucket, Exact
+from moe_jax.moe.dispatch.bucket import Bucket
+from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK

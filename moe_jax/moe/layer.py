@@ -17,8 +17,8 @@ from moe_jax import config
 from moe_jax.moe import balance, health
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.buckets import Exact
 from moe_jax.moe.dispatch.common import Axes, LocalExperts, total
+from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts import EXPERTS
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.routing import (

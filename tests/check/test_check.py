@@ -20,7 +20,7 @@ from moe_jax.cli import check as command
 from moe_jax.cli import common, config_file
 from moe_jax.config import MeshConfig
 from moe_jax.moe import balance, layer
-from moe_jax.moe.dispatch.buckets import Exact
+from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.train import setup
 

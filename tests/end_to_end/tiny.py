@@ -17,7 +17,7 @@ from moe_jax.data.sources import TextFiles
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
 from moe_jax.moe.balance import Balance
-from moe_jax.moe.dispatch.buckets import Bucket
+from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.scorers.linear import Linear

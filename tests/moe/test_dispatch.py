@@ -11,9 +11,10 @@ import oracles
 import pytest
 
 from moe_jax import config
-from moe_jax.moe.dispatch import DISPATCHES, buckets
-from moe_jax.moe.dispatch.buckets import Bucket, Exact
+from moe_jax.moe.dispatch import DISPATCHES, plan
+from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Routing
@@ -217,7 +218,7 @@ def test_only_rows_cross_between_the_experts(axes_mesh):
     ],
 )
 def test_capacity_by_hand(tokens, expected_k, num_experts, factor, rows):
-    found = buckets.expert_capacity(tokens, expected_k, num_experts, factor)
+    found = plan.bucket_rows(tokens * expected_k / num_experts, factor, tokens)
     assert found == rows
 
 
@@ -226,8 +227,8 @@ def test_problems(cls):
     problems = lambda factor: list(
         cls(capacity_factor=factor).problems("config.dispatch", config.Config())
     )
-    assert problems(0.0) == ["config.dispatch.capacity_factor=0.0: must be positive"]
-    assert problems(0.1) == []
+    assert problems(0.0) == problems(0.1) == []
+    assert "capacity_factor=-1.0: must not be negative" in problems(-1.0)[0]
 
 
 def test_experts_are_split_by_expert_width_and_hidden_width():

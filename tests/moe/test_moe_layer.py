@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe.balance import Balance
-from moe_jax.moe.dispatch.buckets import Bucket
+from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import EVAL, Mode, Override

@@ -5,10 +5,10 @@ function of one shard's tokens inside `jax.shard_map` (or of all tokens where `a
 is empty). It is the only home of the collectives of the MoE layer.
 """
 
-from moe_jax.moe.dispatch import buckets, dense
+from moe_jax.moe.dispatch import bucket, dense, exact
 
 DISPATCHES = {
     dense.DenseDispatch: dense.dispatch,
-    buckets.Bucket: buckets.bucket,
-    buckets.Exact: buckets.exact,
+    bucket.Bucket: bucket.dispatch,
+    exact.Exact: exact.dispatch,
 }

@@ -1,13 +1,21 @@
-"""What the dispatches share: mesh axes, the experts at hand, collectives."""
+"""What the dispatches share: mesh axes, the experts at hand, collectives, statistics.
+
+Results of the exchanges of tokens carry the name `EXCHANGED`: a rematerialisation
+policy that saves it does not repeat them.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.routing import Array, PyTree
+from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.tree import struct
+
+EXCHANGED = "moe_exchanged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,14 @@ class Axes:
     expert: tuple[str, ...] = ()
     every: tuple[str, ...] = ()
 
+    def expert_shards(self) -> int:
+        """Shards that E is split over; inside `shard_map`."""
+        return math.prod(jax.lax.axis_size(axis) for axis in self.expert)
+
+    def token_shards(self) -> int:
+        """Shards that T is split over; inside `shard_map`."""
+        return math.prod(jax.lax.axis_size(axis) for axis in self.tokens)
+
 
 @struct(static=("run",))
 class LocalExperts:
@@ -31,11 +47,24 @@ class LocalExperts:
 
     Attributes:
       weights: pytree, each with a leading e.
-      run: `(weights, rows (e, C, ...), group_sizes) -> (e, C, D)`.
+      run: `(weights, rows (e, C, ...), None) -> (e, C, D)`, and with group sizes (e,)
+        `(weights, rows (R, ...), sizes) -> (R, D)`; rows beyond the sum of the sizes
+        belong to nobody.
     """
 
     weights: PyTree
     run: Callable[..., Array]
+
+
+def platform() -> str:
+    """The platform that the program is traced for: "cpu", "gpu" or "tpu".
+
+    A mesh knows its devices, also where they are absent; without one it is the
+    default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = device.platform if device else jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
 
 
 def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
@@ -53,6 +82,11 @@ def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(mark, x)
 
 
+def vary_like(x: PyTree, other: Array) -> PyTree:
+    """Marks arrays as differing over the axes over which `other` does."""
+    return vary(x, tuple(jax.typeof(other).manual_axis_type.varying))
+
+
 def total(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.psum(x, axes) if axes else x
 
@@ -61,18 +95,24 @@ def largest(x: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.pmax(x, axes) if axes else x
 
 
+def exchanged(x: Array) -> Array:
+    """Names the result of an exchange for rematerialisation."""
+    return checkpoint_name(x, EXCHANGED)
+
+
 def to_experts(buckets_ecd: Array, axes: Axes) -> Array:
     """(E, C, ...) by destination -> (e, n * C, ...): rows for this shard's experts."""
     if not axes.expert:
         return buckets_ecd
-    return jax.lax.all_to_all(buckets_ecd, axes.expert, 0, 1, tiled=True)
+    sent = jax.lax.all_to_all(buckets_ecd, axes.expert, 0, 1, tiled=True)
+    return exchanged(sent)
 
 
 def from_experts(rows_ecd: Array, axes: Axes) -> Array:
     """The way back: (e, n * C, ...) -> (E, C, ...)."""
     if not axes.expert:
         return rows_ecd
-    return jax.lax.all_to_all(rows_ecd, axes.expert, 1, 0, tiled=True)
+    return exchanged(jax.lax.all_to_all(rows_ecd, axes.expert, 1, 0, tiled=True))
 
 
 def local_counts(expert_tk: Array, valid_tk: Array, num_experts: int) -> Array:
@@ -80,3 +120,42 @@ def local_counts(expert_tk: Array, valid_tk: Array, num_experts: int) -> Array:
     experts = jnp.arange(num_experts, dtype=jnp.int32)
     hit_tke = (expert_tk[..., None] == experts) & valid_tk[..., None]
     return jnp.sum(hit_tke, axis=(0, 1), dtype=jnp.int32)
+
+
+def mean_fill(routing: Assignments) -> float:
+    """Rows of a (source shard, expert) bucket where the routing is uniform."""
+    num_tokens = routing.expert_tk.shape[0]
+    return num_tokens * routing.expected_k / routing.num_experts
+
+
+def statistics(
+    routing: Assignments,
+    axes: Axes,
+    *,
+    rounds: Array | int,
+    counts: Array,
+    capacity: int,
+    mean: float,
+    dropped: Array | int = 0,
+) -> DispatchStats:
+    """Exact integers over the mesh.
+
+    Args:
+      routing: of this shard.
+      axes: of the mesh.
+      rounds: agreed upon by all shards.
+      counts: rows that this shard's buckets were to hold.
+      capacity: rows that one holds.
+      mean: rows that one would hold were the routing uniform.
+      dropped: of this shard.
+    """
+    assignments = jnp.sum(routing.valid_tk, dtype=jnp.int32)
+    as_total = lambda x: total(vary(jnp.int32(x), axes.tokens), axes.tokens)
+    return DispatchStats(
+        assignments=as_total(assignments),
+        dropped=as_total(dropped),
+        rounds=jnp.int32(rounds),
+        peak_fill=largest(vary(jnp.max(counts), axes.tokens), axes.tokens),
+        capacity=jnp.int32(capacity),
+        mean_fill=jnp.float32(mean),
+    )

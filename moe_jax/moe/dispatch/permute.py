@@ -1,0 +1,142 @@
+"""Carrying rows into slots and back; every derivative is a gather, none scatters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.dispatch.common import vary_like
+from moe_jax.moe.dispatch.plan import Round
+from moe_jax.moe.routing import Array
+
+# Up to here the K slots of a token are summed by K gathers in one expression.
+_MOST_UNROLLED = 16
+
+
+def take_rows(x: Array, index: Array, keep: Array) -> Array:
+    """Rows of x by index, zero where `keep` is False."""
+    rows = jnp.take(x, index, axis=0, mode="clip")
+    return jnp.where(keep.reshape(keep.shape + (1,) * (rows.ndim - keep.ndim)), rows, 0)
+
+
+def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> Array:
+    """(slots, ...) -> (T, ...): `sum_k weight_tk * x[slot_tk]` over what is served.
+
+    Where K is large and few choices are valid (expert choice, top-p), a loop over the
+    served ones keeps work and memory those of the busiest token, not of K.
+    """
+
+    def part(slot_t, served_t, weight_t):
+        rows = take_rows(x_sd, slot_t, served_t)
+        if weight_t is None:
+            return rows
+        shape = weight_t.shape + (1,) * (rows.ndim - 1)
+        return rows * weight_t.reshape(shape).astype(rows.dtype)
+
+    slot_tk, served_tk = turn.slot_tk, turn.served_tk
+    top_k = slot_tk.shape[1]
+    if top_k <= _MOST_UNROLLED:
+        column = lambda a, k: None if a is None else a[:, k]
+        return functools.reduce(
+            jnp.add,
+            (
+                part(slot_tk[:, k], served_tk[:, k], column(weight_tk, k))
+                for k in range(top_k)
+            ),
+        )
+    order_tk = jnp.argsort(~served_tk, axis=1, stable=True)
+    first = lambda a: None if a is None else jnp.take_along_axis(a, order_tk, axis=1)
+    slot_tk, served_tk, weight_tk = first(slot_tk), first(served_tk), first(weight_tk)
+    most = jnp.max(jnp.sum(served_tk, axis=1, dtype=jnp.int32))
+
+    def body(k, total):
+        column = lambda a: (
+            None
+            if a is None
+            else jax.lax.dynamic_index_in_dim(a, k, axis=1, keepdims=False)
+        )
+        return total + part(column(slot_tk), column(served_tk), column(weight_tk))
+
+    zeros = jnp.zeros((slot_tk.shape[0], *x_sd.shape[1:]), x_sd.dtype)
+    return jax.lax.fori_loop(0, most, body, vary_like(zeros, x_sd))
+
+
+@jax.custom_vjp
+def fill(rows_td: Array, turn: Round) -> Array:
+    """(T, ...) -> (slots, ...): the rows of the tokens that fill the slots.
+
+    The derivative is `collect`.
+    """
+    top_k = turn.slot_tk.shape[1]
+    return take_rows(rows_td, turn.entry_s // top_k, turn.filled_s)
+
+
+@jax.custom_vjp
+def collect(out_sd: Array, turn: Round) -> Array:
+    """(slots, ...) -> (T, ...): `y_t = sum_k out[slot_tk]`; the reverse is `fill`."""
+    return _sum_of_slots(out_sd, turn)
+
+
+fill.defvjp(
+    lambda rows_td, turn: (fill(rows_td, turn), turn),
+    lambda turn, grad_sd: (_sum_of_slots(grad_sd, turn), None),
+)
+collect.defvjp(
+    lambda out_sd, turn: (collect(out_sd, turn), turn),
+    lambda turn, grad_td: (fill(grad_td, turn), None),
+)
+
+
+@jax.custom_vjp
+def combine(out_sd: Array, weight_tk: Array, turn: Round) -> Array:
+    """(slots, D) -> (T, D): `y_t = sum_k weight_tk * out[slot_tk]`.
+
+    The weights' gradient is taken slot by slot, `grad_y . out`, and then carried to
+    the assignments: one row a slot is read, not K rows a token.
+    """
+    return _sum_of_slots(out_sd, turn, weight_tk)
+
+
+def _combine_forward(out_sd, weight_tk, turn):
+    return combine(out_sd, weight_tk, turn), (out_sd, weight_tk, turn)
+
+
+def _combine_reverse(saved, grad_td):
+    out_sd, weight_tk, turn = saved
+    grad_sd = fill(grad_td, turn)
+    weight_s = jnp.take(weight_tk.reshape(-1), turn.entry_s)
+    wide = lambda a: a.astype(weight_tk.dtype)
+    grad_weight_s = jnp.sum(wide(out_sd) * wide(grad_sd), axis=-1)
+    grad_weight_tk = take_rows(grad_weight_s, turn.slot_tk, turn.served_tk)
+    return grad_sd * weight_s[:, None].astype(grad_sd.dtype), grad_weight_tk, None
+
+
+combine.defvjp(_combine_forward, _combine_reverse)
+
+
+@jax.custom_vjp
+def _reorder(x_tk: Array, order_tk: Array, inverse_tk: Array) -> Array:
+    return jnp.take_along_axis(x_tk, order_tk, axis=1)
+
+
+_reorder.defvjp(
+    lambda x, order, inverse: (_reorder(x, order, inverse), (order, inverse)),
+    lambda saved, grad: (_reorder(grad, *saved[::-1]), None, None),
+)
+
+
+def valid_first(
+    expert_tk: Array, weight_tk: Array, valid_tk: Array, columns: int
+) -> tuple[Array, Array, Array]:
+    """(T, K) -> (T, columns): each token's valid entries, of which there are no more.
+
+    With K experts chosen of which at most e lie on a shard, min(K, e) columns hold
+    what the shard needs.
+    """
+    if expert_tk.shape[1] <= columns:
+        return expert_tk, weight_tk, valid_tk
+    order_tk = jnp.argsort(~valid_tk, axis=1, stable=True)
+    inverse_tk = jnp.argsort(order_tk, axis=1)
+    take = lambda a: jnp.take_along_axis(a, order_tk, axis=1)[:, :columns]
+    weight_tk = _reorder(weight_tk, order_tk, inverse_tk)[:, :columns]
+    return take(expert_tk), weight_tk, take(valid_tk)

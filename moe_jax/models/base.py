@@ -31,9 +31,14 @@ class Model(Protocol):
 
     Attributes:
       axes: tree of logical axes, like the parameters.
+      needs_step_load: a loss takes the experts' load from the whole optimizer step;
+        where that is accumulated, it is observed in a first pass.
+      expert_axes: mesh axes over which experts are split; () without experts.
     """
 
     axes: Params
+    needs_step_load: bool
+    expert_axes: tuple[str, ...]
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, a nested dict of arrays."""
@@ -45,6 +50,11 @@ class Model(Protocol):
         self, state: RouterState, observations: dict[str, Any]
     ) -> RouterState:
         """The state after an optimizer step."""
+
+    def with_step_load(
+        self, state: RouterState, observations: dict[str, Any]
+    ) -> RouterState:
+        """The state with what a whole step observed, for the losses of its parts."""
 
     def apply(
         self,

@@ -145,6 +145,29 @@ class DecoderModel:
             )
         return new
 
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """See `Model.expert_axes`."""
+        return getattr(self.options.feed_forward, "expert_axes", ())
+
+    @property
+    def needs_step_load(self) -> bool:
+        """See `Model.needs_step_load`."""
+        ff = self.options.feed_forward
+        return isinstance(ff, MoE) and ff.balance.global_weight > 0
+
+    def with_step_load(
+        self, state: RouterState, observations: dict[str, Any]
+    ) -> RouterState:
+        new: RouterState = {}
+        for name, block, _ in self._moe_blocks():
+            new.setdefault(name, {})[block] = balance.with_step_load(
+                self.options.feed_forward.balance,
+                state[name][block],
+                observations[name][block],
+            )
+        return new
+
     def apply(
         self,
         params: Params,
@@ -218,7 +241,10 @@ class DecoderModel:
             if aux:
                 observations[name] = {b: a.observation for b, a in aux.items()}
                 auxes.append(_interleave(list(aux.values())))
-        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
+        aux = None
+        if auxes:
+            aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+            aux = balance.pooled(self.options.feed_forward.balance, aux)
         return x, new_cache, observations, aux
 
     def _first_carry(self, x):

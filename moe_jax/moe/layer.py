@@ -97,6 +97,7 @@ class MoE(config.FeedForwardConfig):
                 f"config.mesh.expert={root.mesh.expert}; expert takes one of "
                 f"{config.divisors(self.num_experts)}"
             )
+        yield from self.balance.layer_problems(f"{path}.balance", self.num_experts)
         if self.shared_d_ff:
             where = f"{path}.shared_d_ff"
             yield from feedforward.tensor_problems(self.shared_d_ff, where, root)
@@ -235,11 +236,13 @@ class MoELayer(nnx.Module):
         if self.options.shared_d_ff:
             with jax.named_scope("shared"):
                 y = y + jnp.where(valid[..., None], self.shared(x), 0)
+        options = self.options.balance
         aux = MoEAux(
-            losses=balance.losses(self.options.balance, routing),
+            losses=balance.losses(options, routing, tokens.batch_shape, state),
             health=health.figures(routing),
             stats=stats,
-            observation=balance.observe(routing),
+            observation=balance.observe(options, routing),
+            statistics=balance.statistics(options, routing),
             routing=routing if mode.capture else None,
         )
         return y, carry, aux

@@ -251,6 +251,7 @@ class MoEAux:
       health: name -> figures for people: expert counts (E,) int32, entropy, ...
       stats: of the dispatch.
       observation: for the update of the router state.
+      statistics: name -> sums for losses that pool over layers; see `balance.pooled`.
       routing: the layer's Routing if `Mode.capture`, else None.
       taps: name -> features for auxiliary heads.
     """
@@ -259,6 +260,7 @@ class MoEAux:
     health: Mapping[str, Array]
     stats: DispatchStats
     observation: Observation
+    statistics: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     routing: Routing | Mixing | None = None
     taps: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
@@ -269,10 +271,11 @@ def biased(choice_te: Array, router_state: Mapping[str, Array]) -> Array:
     Wang et al. 2024: "bias" (E,) is added; "factor" (E,), their multiplicative
     variant, is multiplied, which raises a score only where scores are positive.
     """
+    constant = jax.lax.stop_gradient
     if "factor" in router_state:
-        choice_te = choice_te * router_state["factor"]
+        choice_te = choice_te * constant(router_state["factor"])
     if "bias" in router_state:
-        choice_te = choice_te + router_state["bias"]
+        choice_te = choice_te + constant(router_state["bias"])
     return choice_te
 
 

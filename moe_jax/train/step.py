@@ -32,7 +32,8 @@ class Gradients:
       weight: () float, scored tokens.
       grads: like the trainable parameters.
       observations: for the router state, summed over micro-batches.
-      aux: MoEAux over L; losses are means, counts sums over micro-batches.
+      aux: MoEAux over L; losses are means over micro-batches, weighted by their
+        tokens, and counts are sums.
     """
 
     loss: jax.Array
@@ -76,8 +77,9 @@ def compute_gradients(
 
     The token losses of all micro-batches are summed and divided by the number of
     scored tokens of the whole batch, so accumulation does not change the gradient
-    where micro-batches hold different numbers of tokens. Balance losses have the
-    statistics of their micro-batch and are averaged.
+    where micro-batches hold different numbers of tokens. The MoE losses of a
+    micro-batch are weighted by its share of the tokens, for the same reason: only
+    those with the statistics of a micro-batch depend on what that is.
 
     Args:
       config: steps, accumulation, objective, seed.
@@ -89,39 +91,36 @@ def compute_gradients(
     """
     count = config.train.accumulation
     weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    # Of the weights' type: a quotient of integers is in float32 always.
+    tokens = jnp.maximum(_tokens(batch), 1).astype(weight.dtype)
+    forward = _forward(config, model, state, mode, override)
 
-    def total(params, micro, micro_key):
-        found = OBJECTIVES[type(config.objective)](
-            config.objective,
-            model,
-            optimizers.merge(params, state.frozen),
-            state.router_state,
-            micro,
-            key=micro_key,
-            mode=mode,
-            override=override,
-        )
-        value = found.sum / weight + aux_loss(found.aux) / count
-        return value, found
+    def total(params, router_state, micro, index):
+        found = forward(params, router_state, micro, index)
+        share = 1.0 if count == 1 else _tokens(micro) / tokens
+        aux = _weighted(found.aux, share)
+        value = found.sum / weight + aux_loss(aux)
+        return value, (found.nll, found.observations, aux)
 
     gradient = jax.value_and_grad(total, has_aux=True)
 
-    def one(carry, item):
-        micro, index = item
-        (value, found), grads = gradient(
-            state.params, micro, jax.random.fold_in(key, index)
+    def one(router_state, micro, index):
+        (value, (nll, observations, aux)), grads = gradient(
+            state.params, router_state, micro, index
         )
-        new = (value, found.nll, grads, found.observations, found.aux)
-        return new if carry is None else _add(carry, new), None
+        return value, nll, grads, observations, aux
 
     if count == 1:
-        sums, _ = one(None, (batch, 0))
+        sums = one(state.router_state, batch, 0)
     else:
-        micros = micro_batches(batch, count)
-        shapes = jax.eval_shape(lambda m: one(None, (m, 0))[0], _first(micros))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, _ = jax.lax.scan(one, zeros, (micros, jnp.arange(count)))
+        micros, router_state = micro_batches(batch, count), state.router_state
+        if model.needs_step_load:
+            look = lambda m, i: forward(state.params, state.router_state, m, i)
+            observed = lambda m, i: look(m, i).observations
+            seen = _sum_over(observed, micros, count, _add)
+            router_state = model.with_step_load(router_state, seen)
+        step = lambda m, i: one(router_state, m, i)
+        sums = _sum_over(step, micros, count, _add_results)
     loss, nll, grads, observations, aux = sums
     return Gradients(
         loss=loss,
@@ -129,17 +128,50 @@ def compute_gradients(
         weight=weight,
         grads=grads,
         observations=observations,
-        aux=_mean_losses(aux, count),
+        aux=aux,
     )
 
 
-def _first(tree):
-    return jax.tree.map(lambda x: x[0], tree)
+def _forward(config, model, state, mode, override):
+    """`(params, router_state, micro-batch, its index) -> Loss` at the state's step."""
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def forward(params, router_state, micro, index):
+        return OBJECTIVES[type(config.objective)](
+            config.objective,
+            model,
+            optimizers.merge(params, state.frozen),
+            router_state,
+            micro,
+            key=jax.random.fold_in(key, index),
+            mode=mode,
+            override=override,
+        )
+
+    return forward
+
+
+def _tokens(batch: Batch) -> jax.Array:
+    """Tokens that are routed, () int32."""
+    return jnp.sum(batch["segments"] > 0, dtype=jnp.int32)
+
+
+def _sum_over(one, micros: Batch, count: int, add) -> Any:
+    """`one(micro-batch, index)` summed over the micro-batches by `add`."""
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(lambda m: one(m, 0), first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    body = lambda sums, item: (add(sums, one(*item)), None)
+    return jax.lax.scan(body, zeros, (micros, jnp.arange(count)))[0]
 
 
 def _add(total: Any, new: Any) -> Any:
+    return jax.tree.map(jnp.add, total, new)
+
+
+def _add_results(total: Any, new: Any) -> Any:
     """Sums of two micro-batches' results; of rounds and fill the larger."""
-    summed = jax.tree.map(jnp.add, total, new)
+    summed = _add(total, new)
     *rest, aux = summed
     if aux is None:
         return summed
@@ -149,19 +181,20 @@ def _add(total: Any, new: Any) -> Any:
         rounds=jnp.maximum(a.rounds, b.rounds),
         peak_fill=jnp.maximum(a.peak_fill, b.peak_fill),
         capacity=b.capacity,
+        mean_fill=b.mean_fill,
     )
     return (*rest, dataclasses.replace(aux, stats=stats))
 
 
-def _mean_losses(aux: MoEAux | None, count: int) -> MoEAux | None:
-    """Of the summed aux of `count` micro-batches: means of what is a mean."""
-    if aux is None or count == 1:
-        return aux
-    mean = lambda x: x / count if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _weighted(aux: MoEAux | None, share: jax.Array | float) -> MoEAux | None:
+    """Means over a micro-batch times its share of the step's tokens; counts stay."""
+    if aux is None:
+        return None
+    scale = lambda x: x * share if jnp.issubdtype(x.dtype, jnp.floating) else x
     return dataclasses.replace(
         aux,
-        losses=jax.tree.map(mean, aux.losses),
-        health=jax.tree.map(mean, aux.health),
+        losses=jax.tree.map(scale, aux.losses),
+        health=jax.tree.map(scale, aux.health),
     )
 
 
@@ -205,7 +238,9 @@ def apply_gradients(
     ), norm
 
 
-def step_metrics(found: Gradients, norm: jax.Array, rate: jax.Array) -> Metrics:
+def step_metrics(
+    model: Model, found: Gradients, norm: jax.Array, rate: jax.Array, router_state: Any
+) -> Metrics:
     """What a step reports; arrays (L, E) and scalars."""
     metrics = {
         "loss": found.nll,
@@ -216,17 +251,8 @@ def step_metrics(found: Gradients, norm: jax.Array, rate: jax.Array) -> Metrics:
         "skipped": ~(jnp.isfinite(norm) & jnp.isfinite(found.loss)),
     }
     if found.aux is not None:
-        counts_le = found.aux.health["counts"]
-        stats = found.aux.stats
         metrics |= {name: jnp.sum(v) for name, v in found.aux.losses.items()}
-        metrics |= {
-            "expert_counts": counts_le,
-            "load_max_over_mean": health.max_over_mean(counts_le),
-            "dead_experts": health.dead_experts(counts_le),
-            "router_entropy": jnp.mean(found.aux.health["entropy"]),
-            "dropped": jnp.sum(stats.dropped),
-            "dispatch_rounds": jnp.max(stats.rounds),
-        }
+        metrics |= health.of_step(found.aux, router_state, model.expert_axes)
     return metrics
 
 
@@ -244,7 +270,7 @@ def make_step(
         with jax.named_scope("optimizer"):
             new, norm = apply_gradients(config, model, optimizer, state, found)
         rate = config.optimizer.learning_rate * schedule(state.step)
-        return new, step_metrics(found, norm, rate)
+        return new, step_metrics(model, found, norm, rate, new.router_state)
 
     # Without explicit output shardings the moments come back replicated.
     # Metrics are replicated, so that every host can read them.

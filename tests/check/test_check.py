@@ -145,18 +145,19 @@ def test_finds_expert_gradients_that_grow_with_the_shards(monkeypatch):
 def test_finds_a_bias_from_one_shards_tokens(monkeypatch):
     original = balance.observe
 
-    def first_shard(routing):
+    def first_shard(options, routing):
         part = routing.expert_tk.shape[0] // shards(TOKEN_AXES)
         if shards(TOKEN_AXES) == 1:
-            return original(routing)
+            return original(options, routing)
         first = lambda a: a[:part]
         return original(
+            options,
             dataclasses.replace(
                 routing,
                 expert_tk=first(routing.expert_tk),
                 valid_tk=first(routing.valid_tk),
                 valid_t=first(routing.valid_t),
-            )
+            ),
         )
 
     monkeypatch.setattr(balance, "observe", first_shard)

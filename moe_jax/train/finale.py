@@ -36,6 +36,8 @@ def show(
     if uses_lev is not None:
         decode = lambda ids: data.tokenizer.decode(ids).decode("utf-8", "replace")
         note(expert_table(uses_lev.sum(-1), typical_tokens(uses_lev), decode))
+    for line in recorder.loads.lines():
+        note(line)
     for number, text in enumerate(_samples(parts, data, progress.state), 1):
         note(f"--- sample {number} ---\n{text}")
     note(

@@ -64,15 +64,16 @@ def train(config: Config, folder: str) -> int:
             changed = workdir.check_resume(folder, config)
         if distributed.is_primary():
             workdir.claim(folder, config)
-        state, notes = restore.begin(parts, data, checkpoints)
-        return _run(parts, data, checkpoints, folder, state, changed, notes)
+        state, notes, saved = restore.begin(parts, data, checkpoints)
+        return _run(parts, data, checkpoints, folder, state, changed, notes, saved)
     finally:
         checkpoints.close()
 
 
-def _run(parts, data, checkpoints, folder, state, changed, notes) -> int:
+def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     progress = Progress(state=state, step=int(state.step))
-    recorder = Recorder(parts, folder, progress.step, bytes_per_token(data, "train"))
+    per_token = bytes_per_token(data, "train")
+    recorder = Recorder(parts, folder, progress.step, per_token, saved)
     evaluator = Evaluator(parts, bytes_per_token(data, "validation"))
     try:
         for line in _greeting(parts, data, changed, notes):
@@ -126,7 +127,8 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
                 watchdog.beat("saving a checkpoint", progress.step)
                 recorder.flush()
                 position = restore.data_position(parts, data, progress.step)
-                checkpoints.save(progress.step, progress.state, position, force=last)
+                beside = position | recorder.loads.saved()
+                checkpoints.save(progress.step, progress.state, beside, force=last)
                 recorder.restart_clock()
             if stop:
                 progress.stopped_by = signals.requested

@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax.errors import RunError
 from moe_jax.observe import flops
 from moe_jax.observe.console import Console
+from moe_jax.observe.loads import RunLoads
 from moe_jax.observe.writers import MetricsFile, TensorBoard, read_metrics
 from moe_jax.parallel import distributed
 from moe_jax.train import workdir as workdirs
@@ -25,10 +26,20 @@ class Recorder:
       workdir: where metrics.jsonl and TensorBoard files go.
       start_step: steps done before; later lines of an earlier process are dropped.
       bytes_per_token: of the training text.
+      saved: of `loads`, at the checkpoint from which the run goes on.
+
+    Attributes:
+      console: for notes.
+      loads: what the run remembers of its routing; the same in all processes.
     """
 
     def __init__(
-        self, parts: Parts, workdir: str, start_step: int, bytes_per_token: float
+        self,
+        parts: Parts,
+        workdir: str,
+        start_step: int,
+        bytes_per_token: float,
+        saved: dict[str, Any] | None = None,
     ):
         config = parts.config
         self._config = config
@@ -36,6 +47,7 @@ class Recorder:
         self.console = Console(
             config.train.steps, self._primary, config.log.every, start_step
         )
+        self.loads = RunLoads(saved)
         self._path = os.path.join(workdir, workdirs.METRICS_FILE)
         self._file = self._board = None
         if self._primary:
@@ -77,6 +89,7 @@ class Recorder:
         values = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        self.loads.add(values)
         self._record(step, values, seconds)
         self._guard(step, bool(values["skipped"]))
 
@@ -94,6 +107,9 @@ class Recorder:
         }
         if "dropped" in values:
             figures["drops"] = int(values["dropped"])
+        run = self.loads.figures()
+        if run:
+            figures["max_violation_run"] = run["max_violation_run"]
         if self._peak:
             figures["mfu"] = rate * self._flops_per_token / self._peak
         if self._file is None:
@@ -155,6 +171,7 @@ class Recorder:
             "tokens_per_second": self._tokens_per_step * len(lines) / seconds,
             "drops": add_up("drops"),
             "skipped_steps": add_up("skipped"),
+            "routing": self.loads.figures(),
         }
 
     def close(self) -> None:

@@ -25,15 +25,15 @@ def data_position(parts: Parts, data: Any, step: int) -> dict[str, Any]:
 
 def begin(
     parts: Parts, data: Any, checkpoints: Checkpoints
-) -> tuple[TrainState, list[str]]:
-    """The state to go on from, and lines for the user.
+) -> tuple[TrainState, list[str], dict[str, Any]]:
+    """The state to go on from, lines for the user, and what was saved beside it.
 
     Raises:
       UserError: the checkpoint is of other data or shapes, or none of them is good.
     """
     found = checkpoints.restore(parts.abstract)
     if found is None:
-        return _fresh(parts)
+        return *_fresh(parts), {}
     saved = found.data.get("content_hash")
     if saved != data.content_hash:
         raise UserError(
@@ -42,7 +42,7 @@ def begin(
             "exactly; bring back the text, or begin a new workdir with "
             "--config.train.warm_start"
         )
-    return found.state, [*found.notes, f"going on from step {found.step}"]
+    return found.state, [*found.notes, f"going on from step {found.step}"], found.data
 
 
 def _fresh(parts: Parts) -> tuple[TrainState, list[str]]:

@@ -156,7 +156,7 @@ def test_a_resumed_run_on_another_mesh_has_the_same_bits(
         config.mesh = mesh
         parts = setup.make_parts(config)
         checkpoints = Checkpoints(f"{finished.folder}/checkpoints", config.checkpoint)
-        state, notes = restore.begin(parts, pipeline.prepare(config), checkpoints)
+        state, notes, _ = restore.begin(parts, pipeline.prepare(config), checkpoints)
         checkpoints.close()
         assert notes == ["going on from step 6"]
         assert same_bits(state, original.state)
@@ -181,7 +181,7 @@ def test_warm_start_takes_the_parameters_only(
     config = make_config(warm_start=finished.folder)
     parts = setup.make_parts(config)
     checkpoints = Checkpoints(str(tmp_path), config.checkpoint)
-    state, notes = restore.begin(parts, pipeline.prepare(config), checkpoints)
+    state, notes, _ = restore.begin(parts, pipeline.prepare(config), checkpoints)
     checkpoints.close()
     assert notes == [f"parameters from {finished.folder}"]
     assert int(state.step) == 0
@@ -207,7 +207,14 @@ def test_warm_start_needs_a_run_of_the_same_shapes(finished, make_config, tmp_pa
 
 
 def test_a_finished_run_only_ends_again(finished, make_config, capsys):
-    before = lines(finished.folder)
+    summary = lambda: json.loads(open(f"{finished.folder}/summary.json").read())
+    before, routing = lines(finished.folder), summary()["routing"]
+    assert routing["recent_steps"] == STEPS
+    assert routing["max_violation_run"] == before[-1]["max_violation_run"]
     assert loop.train(make_config(), finished.folder) == 0
     assert lines(finished.folder) == before
+    # The counts of the run came back with the checkpoint.
+    again = summary()["routing"]
+    assert again["max_violation_run"] == routing["max_violation_run"] > 0
+    assert "recent_steps" not in again, "this process took no step"
     assert "going on from step 6" in capsys.readouterr().out

@@ -97,7 +97,7 @@ class MoE(config.FeedForwardConfig):
                 f"config.mesh.expert={root.mesh.expert}; expert takes one of "
                 f"{config.divisors(self.num_experts)}"
             )
-        yield from self.balance.layer_problems(f"{path}.balance", self.num_experts)
+        yield from self.balance.layer_problems(path, self.num_experts, self.selector)
         if self.shared_d_ff:
             where = f"{path}.shared_d_ff"
             yield from feedforward.tensor_problems(self.shared_d_ff, where, root)

@@ -13,6 +13,7 @@ from moe_jax import config
 from moe_jax.moe import balance
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.routing import Observation, Routing, counts_per_expert
+from moe_jax.moe.selectors.top_k import TopK
 
 B, S, E, K = 3, 8, 6, 2
 T = B * S
@@ -412,6 +413,16 @@ def test_what_is_observed():
 def test_problems(fields, words):
     options = Balance(**fields)
     found = list(options.problems("config.balance", config.Config()))
-    found += list(options.layer_problems("config.balance", E))
+    found += list(options.layer_problems("config", E, TopK()))
     assert len(found) == bool(words), found
     assert not words or (words in found[0] and found[0].startswith("config.balance."))
+
+
+def test_a_factor_needs_positive_scores():
+    options = Balance(bias_rate=0.1, bias_form="multiplicative")
+    before, after = TopK(softmax="before"), TopK(softmax="after")
+    assert not list(options.layer_problems("config", E, before))
+    (problem,) = options.layer_problems("config", E, after)
+    assert problem.startswith("config.balance.bias_form='multiplicative' with")
+    additive = Balance(bias_rate=0.1)
+    assert not list(additive.layer_problems("config", E, after))

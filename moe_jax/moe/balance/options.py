@@ -102,14 +102,23 @@ class Balance(config.Node):
                     "bias_rate is 0"
                 )
 
-    def layer_problems(self, path: str, num_experts: int) -> Iterator[str]:
-        """Problems that need the layer's number of experts."""
+    def layer_problems(
+        self, path: str, num_experts: int, selector: config.SelectorConfig
+    ) -> Iterator[str]:
+        """Problems that need more of the layer; `path` is that of its config."""
         groups = self.device_groups
         if self.device_weight and (groups < 2 or num_experts % groups):
             yield (
-                f"{path}.device_groups={groups}: must be at least 2 and divide "
+                f"{path}.balance.device_groups={groups}: must be at least 2 and divide "
                 f"num_experts={num_experts}; it takes one of "
                 f"{config.divisors(num_experts)[1:]}"
+            )
+        compares_logits = getattr(selector, "softmax", "before") == "after"
+        if self.bias_form == "multiplicative" and compares_logits:
+            yield (
+                f"{path}.balance.bias_form='multiplicative' with {path}.selector"
+                ".softmax='after': a factor raises positive scores only, and logits "
+                "are compared; set softmax='before' or bias_form='additive'"
             )
 
     @property

@@ -53,6 +53,29 @@ class SelectorConfig(Node):
 
     __slots__ = ()
 
+    def experts_per_token(self, num_experts: int, sequence_length: int = 0) -> float:
+        """Experts whose work a token costs on average; for counts of FLOPs.
+
+        Without a sequence length: experts whose parameters may serve one token.
+        """
+        return float(getattr(self, "top_k", num_experts))
+
+    def size_problems(self, path: str, num_experts: int) -> Iterator[str]:
+        """Rules that need E; `path` is that of the selector."""
+        for name in ("top_k", "k_max"):
+            value = getattr(self, name, 1)
+            if value > num_experts:
+                yield (
+                    f"{path}.{name}={value} is more than "
+                    f"{path.rpartition('.')[0]}.num_experts={num_experts}"
+                )
+
+
+class NoiseConfig(Node):
+    """Base of the routers' noise in training (`moe/noises/`)."""
+
+    __slots__ = ()
+
 
 class DispatchConfig(Node):
     """Base of the dispatches (`moe/dispatch/`)."""
@@ -67,9 +90,14 @@ class ExpertsConfig(Node):
 
 
 class ObjectiveConfig(Node):
-    """Base of the objectives (`objectives/`)."""
+    """Base of the objectives (`objectives/`).
+
+    Attributes:
+      autoregressive: whether a prediction must not depend on later positions.
+    """
 
     __slots__ = ()
+    autoregressive = False
 
 
 class SourceConfig(Node):

@@ -87,6 +87,11 @@ class Groups:
     rows: int
     positions: int
 
+    @property
+    def size(self) -> int:
+        """Tokens of a group, N."""
+        return self.rows * self.positions
+
     def split(self, x: Array) -> Array:
         """(T, ...) -> (G, N, ...): N = rows * positions tokens of each group."""
         (b, s), r, p = self.batch_shape, self.rows, self.positions

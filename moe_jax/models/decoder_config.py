@@ -6,11 +6,13 @@ import dataclasses
 import jax
 
 from moe_jax import config
+from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "full_but_exchanges": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -35,7 +37,9 @@ class Decoder(config.ModelConfig):
         residual stream get it divided by sqrt(2 * num_layers) (GPT-2).
       dtype: of the computation.
       param_dtype: of the parameters.
-      remat: what the backward pass recomputes: one of `REMAT_POLICIES`.
+      remat: what the backward pass recomputes: one of `REMAT_POLICIES`. With
+        "full_but_exchanges" it keeps the rows that were exchanged between experts'
+        shards, so that no token crosses twice; weights are gathered again.
     """
 
     vocab_size: int = 258
@@ -116,6 +120,11 @@ class Decoder(config.ModelConfig):
     def _moe_problems(self, path):
         options = self.feed_forward
         if not isinstance(options, MoE):
+            if self.remat == "full_but_exchanges":
+                yield (
+                    f"{path}.remat={self.remat!r}: there are no experts, so nothing is "
+                    "exchanged; set it to 'full'"
+                )
             return
         if self.num_layers < max(0, options.first_dense) + max(1, options.every):
             yield (

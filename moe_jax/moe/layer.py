@@ -6,25 +6,22 @@ tokens at hand, so the layer can be used in any model.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from moe_jax import config
-from moe_jax.moe import balance, health
+from moe_jax.moe import balance, health, sharded
 from moe_jax.moe.balance import Balance
-from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, total
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts import EXPERTS
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.routing import (
     TRAIN,
     Array,
-    Assignments,
     DispatchStats,
     Mode,
     MoEAux,
@@ -36,8 +33,9 @@ from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.selectors import SELECTORS
 from moe_jax.moe.selectors.top_k import TopK
-from moe_jax.nn import feedforward
-from moe_jax.parallel import mesh, rules
+from moe_jax.nn import feedforward, module
+from moe_jax.parallel import rules
+from moe_jax.parallel.mesh import AXES
 
 
 @config.node
@@ -47,7 +45,11 @@ class MoE(config.FeedForwardConfig):
     Attributes:
       num_experts: E, routed experts.
       experts: their kind and width.
+      expert_axes: mesh axes over which the experts are split; "expert" among them. An
+        axis in this list splits experts in place of what else it splits in them:
+        "fsdp" their D, "tensor" their F.
       shared_d_ff: width of the shared experts together, on every token; 0: none.
+      shared_gate: weigh their output by `sigmoid(x w)`, one w (Qwen2-MoE).
       scorer: tokens to logits.
       selector: logits to a routing.
       balance: losses and bias.
@@ -59,7 +61,9 @@ class MoE(config.FeedForwardConfig):
 
     num_experts: int = 8
     experts: config.ExpertsConfig = dataclasses.field(default_factory=ExpertFeedForward)
+    expert_axes: tuple[str, ...] = ("expert",)
     shared_d_ff: int = 0
+    shared_gate: bool = False
     scorer: config.ScorerConfig = dataclasses.field(default_factory=Linear)
     selector: config.SelectorConfig = dataclasses.field(default_factory=TopK)
     balance: Balance = dataclasses.field(default_factory=Balance)
@@ -74,6 +78,7 @@ class MoE(config.FeedForwardConfig):
             d_ff=d_ff,
             activation=getattr(self.experts, "activation", "silu"),
             gated=getattr(self.experts, "gated", True),
+            bias=getattr(self.experts, "bias", False),
         )
 
     def problems(self, path, root):
@@ -91,11 +96,11 @@ class MoE(config.FeedForwardConfig):
                 f"{path}.selector.top_k={top_k} is more than "
                 f"{path}.num_experts={self.num_experts}"
             )
-        if root.mesh.expert > 0 and self.num_experts % root.mesh.expert:
+        yield from self._group_problems(path, root.mesh)
+        if self.shared_gate and not self.shared_d_ff:
             yield (
-                f"{path}.num_experts={self.num_experts} is not divisible by "
-                f"config.mesh.expert={root.mesh.expert}; expert takes one of "
-                f"{config.divisors(self.num_experts)}"
+                f"{path}.shared_gate=True would be ignored: there are no shared "
+                "experts; set shared_d_ff"
             )
         yield from self.balance.layer_problems(path, self.num_experts, self.selector)
         if self.shared_d_ff:
@@ -116,28 +121,22 @@ class MoE(config.FeedForwardConfig):
             where = f"{path}.dense_d_ff"
             yield from feedforward.tensor_problems(self.dense_d_ff, where, root)
 
-
-def _mesh_axes() -> Axes:
-    if jax.sharding.get_abstract_mesh().empty:
-        return Axes()
-    return Axes(mesh.TOKEN_AXES, rules.RULES["expert"], mesh.AXES)
-
-
-def _gather_fsdp(weights, axes_tree):
-    """Brings back the dimensions that fsdp splits, inside `shard_map`.
-
-    The derivative of this gather is a reduce-scatter of the gradient.
-    """
-
-    def gather(axes, w):
-        for dim, axis in enumerate(axes):
-            if axis == "expert_embed":
-                names = rules.RULES[axis]
-                w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
-        return w
-
-    is_axes = lambda v: isinstance(v, tuple)
-    return jax.tree.map(gather, axes_tree, weights, is_leaf=is_axes)
+    def _group_problems(self, path, sizes):
+        axes, where = self.expert_axes, f"{path}.expert_axes={self.expert_axes}"
+        if "expert" not in axes or len(set(axes)) < len(axes) or set(axes) - {*AXES}:
+            yield f"{where}: must hold 'expert', and others of {AXES} at most once"
+            return
+        if "data" in axes and sizes.data < 1:
+            yield f"{where}: set config.mesh.data to a number, {sizes.data} is not one"
+            return
+        shards = math.prod(getattr(sizes, axis) for axis in axes)
+        if shards > 0 and self.num_experts % shards:
+            what = " * ".join(f"config.mesh.{axis}" for axis in axes)
+            shown = f"; {axes[0]} takes one of {config.divisors(self.num_experts)}"
+            yield (
+                f"{path}.num_experts={self.num_experts} is not divisible by "
+                f"{what}={shards}{shown if len(axes) == 1 else ''}"
+            )
 
 
 class MoELayer(nnx.Module):
@@ -175,10 +174,17 @@ class MoELayer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        module.rename_axes(
+            self.experts, lambda axis: rules.grouped(axis, options.expert_axes)
+        )
         if options.shared_d_ff:
             shared = options.dense(options.shared_d_ff)
             self.shared = feedforward.FeedForward(
                 d_model, shared, std=std, out_std=out_std, dtype=dtype, rngs=rngs
+            )
+        if options.shared_gate:
+            self.shared_gate = module.param(
+                rngs, (d_model, 1), ("embed", None), std=std, dtype=dtype
             )
 
     def init_router_state(self) -> dict[str, Array]:
@@ -235,7 +241,7 @@ class MoELayer(nnx.Module):
         y, stats = self._dispatch(x, routing)
         if self.options.shared_d_ff:
             with jax.named_scope("shared"):
-                y = y + jnp.where(valid[..., None], self.shared(x), 0)
+                y = y + jnp.where(valid[..., None], self._shared(x), 0)
         options = self.options.balance
         aux = MoEAux(
             losses=balance.losses(options, routing, tokens.batch_shape, state),
@@ -261,51 +267,16 @@ class MoELayer(nnx.Module):
         )
         return routing, carry
 
+    def _shared(self, x: Array) -> Array:
+        y = self.shared(x)
+        if not self.options.shared_gate:
+            return y
+        wide = module.accumulation_dtype(x.dtype)
+        gate = jax.nn.sigmoid(x.astype(wide) @ self.shared_gate[...].astype(wide))
+        return y * gate.astype(y.dtype)
+
     def _dispatch(self, x: Array, routing: Routing) -> tuple[Array, DispatchStats]:
-        axes = _mesh_axes()
-        batch_shape = x.shape[:2]
-        top_k = routing.expert_tk.shape[1]
-        weights = jax.tree.map(lambda w: w.astype(x.dtype), self.experts.weights())
-        split = lambda a: a.reshape(*batch_shape, top_k)
-        body = lambda *inputs: _shard(self, axes, routing, *inputs)
-        inputs = (
-            self.experts.before({"features": x}),
-            split(routing.expert_tk),
-            split(routing.weight_tk),
-            split(routing.valid_tk),
-            weights,
+        options = self.options
+        return sharded.run(
+            options.dispatch, self.experts, options.expert_axes, x, routing
         )
-        if not axes.every:
-            y, stats = body(*inputs)
-        else:
-            token_spec = rules.spec(("batch", "sequence", None))
-            weight_specs = jax.tree.map(
-                rules.spec, self.experts.axes(), is_leaf=lambda v: isinstance(v, tuple)
-            )
-            y, stats = jax.shard_map(
-                body,
-                in_specs=(token_spec,) * 4 + (weight_specs,),
-                out_specs=(token_spec, PartitionSpec()),
-            )(*inputs)
-        return self.experts.after(y), stats
-
-
-def _shard(layer, axes, routing, rows, expert_bsk, weight_bsk, valid_bsk, weights):
-    """One shard's part: (b, s, ...) in, (b, s, D) and exact statistics out."""
-    flat = lambda a: a.reshape(-1, *a.shape[2:])
-    if axes.every:
-        weights = _gather_fsdp(weights, layer.experts.axes())
-    local = Assignments(
-        expert_tk=flat(expert_bsk),
-        weight_tk=flat(weight_bsk),
-        valid_tk=flat(valid_bsk),
-        num_experts=routing.num_experts,
-        expected_k=routing.expected_k,
-    )
-    experts = LocalExperts(weights=weights, run=layer.experts.rows)
-    options = layer.options.dispatch
-    dispatch = DISPATCHES[type(options)]
-    y_td, stats = dispatch(options, jax.tree.map(flat, rows), local, experts, axes)
-    # The experts' width is split over tensor: each shard holds a part of the sum.
-    y_td = total(y_td, rules.RULES["mlp"] if axes.every else ())
-    return y_td.reshape(*expert_bsk.shape[:2], y_td.shape[-1]), stats

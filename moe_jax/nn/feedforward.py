@@ -26,11 +26,13 @@ class Dense(config.FeedForwardConfig):
       d_ff: width of the hidden layer.
       activation: one of `ACTIVATIONS`.
       gated: `act(x W_gate) * (x W_up)` in place of `act(x W_up)`.
+      bias: add a vector after each matrix; it begins at zero.
     """
 
     d_ff: int = 1024
     activation: str = "silu"
     gated: bool = True
+    bias: bool = False
 
     def problems(self, path, root):
         if self.d_ff < 1:
@@ -55,6 +57,8 @@ def tensor_problems(width: int, where: str, root: config.Config):
 
 class FeedForward(nnx.Module):
     """`W_down (act(x W_gate) * (x W_up))`, or `W_down act(x W_up)` ungated.
+
+    Each matrix may have a bias behind it.
 
     Args:
       d_model: D.
@@ -86,13 +90,23 @@ class FeedForward(nnx.Module):
         self.w_down = module.param(
             rngs, out, ("mlp", "embed"), std=out_std, dtype=dtype
         )
+        if options.bias:
+            if options.gated:
+                self.b_gate = module.param(rngs, into[1:], ("mlp",), dtype=dtype)
+            self.b_up = module.param(rngs, into[1:], ("mlp",), dtype=dtype)
+            self.b_down = module.param(rngs, out[1:], ("embed",), dtype=dtype)
+
+    def _linear(self, x: jax.Array, name: str) -> jax.Array:
+        y = x @ getattr(self, f"w_{name}")[...].astype(x.dtype)
+        bias = getattr(self, f"b_{name}", None)
+        return y if bias is None else y + bias[...].astype(x.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, D)."""
-        hidden = x @ self.w_up[...].astype(x.dtype)
+        hidden = self._linear(x, "up")
         if self.gated:
-            hidden = self.act(x @ self.w_gate[...].astype(x.dtype)) * hidden
+            hidden = self.act(self._linear(x, "gate")) * hidden
         else:
             hidden = self.act(hidden)
         hidden = rules.constrain(hidden, "batch", "sequence", "mlp")
-        return hidden @ self.w_down[...].astype(x.dtype)
+        return self._linear(hidden, "down")

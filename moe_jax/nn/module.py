@@ -34,6 +34,13 @@ def param(
     return nnx.Param((draw * std).astype(dtype), axes=axes)
 
 
+def rename_axes(owner: nnx.Module, rename: Callable[[str | None], str | None]) -> None:
+    """Gives the dimensions of all weights of a module other logical axes."""
+    for _, node in nnx.iter_graph(owner):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(axes=tuple(map(rename, node.axes)))
+
+
 class Template:
     """A module's code and the facts of its weights, without the weights.
 

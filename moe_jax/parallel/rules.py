@@ -16,9 +16,44 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "expert": ("expert",),
     "expert_embed": ("fsdp",),
+    "expert_mlp": ("tensor",),
 }
 
 Axes = tuple[str | None, ...]
+
+
+def grouped(axis: str | None, expert_axes: tuple[str, ...]) -> str | None:
+    """A logical axis as it is where the experts are split over `expert_axes`.
+
+    Its name then says so: "expert_mlp@expert+tensor" is whole, because the tensor axis
+    holds other experts, and "sequence@expert+tensor" is split over tensor too, because
+    every shard of the group brings tokens of its own.
+    """
+    if axis is None or expert_axes == RULES["expert"]:
+        return axis
+    return f"{axis}@{'+'.join(expert_axes)}"
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """Mesh axes over which a logical axis is split.
+
+    Raises:
+      KeyError: a logical axis that the table does not have.
+    """
+    if axis is None:
+        return ()
+    name, _, group = axis.partition("@")
+    if not group:
+        return RULES[name]
+    expert_axes = tuple(group.split("+"))
+    if name == "expert":
+        return expert_axes
+    if name == "sequence":
+        tokens = RULES["batch"] + RULES["sequence"]
+        return RULES[name] + tuple(a for a in expert_axes if a not in tokens)
+    if name == "batch":
+        return RULES[name]
+    return tuple(a for a in RULES[name] if a not in expert_axes)
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -28,9 +63,8 @@ def spec(axes: Axes) -> PartitionSpec:
       KeyError: a logical axis that the table does not have.
     """
     entries = []
-    for axis in axes:
-        mesh_axes = () if axis is None else RULES[axis]
-        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    for names in map(mesh_axes, axes):
+        entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
 
 
@@ -48,7 +82,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def size(mesh: Any, axis: str) -> int:
     """Devices over which a logical axis is split; 1 without a mesh."""
     total = 1
-    for name in RULES[axis]:
+    for name in mesh_axes(axis):
         total *= mesh.shape.get(name, 1)
     return total
 

@@ -19,7 +19,7 @@ from moe_jax.check import run as check_run
 from moe_jax.cli import check as command
 from moe_jax.cli import common, config_file
 from moe_jax.config import MeshConfig
-from moe_jax.moe import balance, layer
+from moe_jax.moe import balance, sharded
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.parallel.mesh import TOKEN_AXES
 from moe_jax.train import setup
@@ -105,14 +105,14 @@ def near_the_experts(name):
 @pytest.mark.slow
 def test_finds_a_missing_sum_over_tensor(monkeypatch):
     """The output of the experts is that of one part of their width."""
-    original = layer.total
+    original = sharded.total
 
     def first_part(x, axes):
         if shards(axes) == 1:
             return original(x, axes)
         return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x, 0), axes)
 
-    monkeypatch.setattr(layer, "total", first_part)
+    monkeypatch.setattr(sharded, "total", first_part)
     result = fails("float32", "expert=2,fsdp=2,tensor=2")
     assert f"grad/{BLOCK}/moe/experts/w_down" in wrong(result)
     assert near_the_experts(result.worst.name)
@@ -126,14 +126,14 @@ def test_finds_expert_gradients_that_grow_with_the_shards(monkeypatch):
         return w
 
     scaled.defvjp(lambda w: (w, None), lambda _, g: (g * shards(("expert",)),))
-    original = layer._gather_fsdp
+    original = sharded._gather_fsdp
 
     def gather(weights, axes):
         if shards(("expert",)) > 1:
             weights = jax.tree.map(scaled, weights)
         return original(weights, axes)
 
-    monkeypatch.setattr(layer, "_gather_fsdp", gather)
+    monkeypatch.setattr(sharded, "_gather_fsdp", gather)
     result = fails("float32", "expert=4,data=2")
     assert result.worst.name.startswith(f"grad/{BLOCK}/moe/experts/w_")
     assert result.worst.error == pytest.approx(3, rel=1e-3), "four times as large"
@@ -168,7 +168,7 @@ def test_finds_a_bias_from_one_shards_tokens(monkeypatch):
 
 @pytest.mark.slow
 def test_finds_draws_that_depend_on_the_shard(monkeypatch):
-    original = layer.DISPATCHES[Exact]
+    original = sharded.DISPATCHES[Exact]
 
     def noisy(options, rows, routing, experts, axes):
         if shards(axes.tokens) == 1:
@@ -179,7 +179,7 @@ def test_finds_draws_that_depend_on_the_shard(monkeypatch):
         routing = dataclasses.replace(routing, weight_tk=weight_tk)
         return original(options, rows, routing, experts, axes)
 
-    monkeypatch.setitem(layer.DISPATCHES, Exact, noisy)
+    monkeypatch.setitem(sharded.DISPATCHES, Exact, noisy)
     result = fails("float32", "expert=4,data=2")
     assert "loss" in wrong(result)
     assert near_the_experts(result.worst.name)

@@ -20,12 +20,17 @@ ACTIVATIONS = {
 def expert(weights, e, x, activation="silu"):
     """Expert e on one row."""
     act = ACTIVATIONS[activation]
-    hidden = x @ weights["w_up"][e]
+
+    def linear(x, name):
+        bias = weights[f"b_{name}"][e] if f"b_{name}" in weights else 0
+        return x @ weights[f"w_{name}"][e] + bias
+
+    hidden = linear(x, "up")
     if "w_gate" in weights:
-        hidden = act(x @ weights["w_gate"][e]) * hidden
+        hidden = act(linear(x, "gate")) * hidden
     else:
         hidden = act(hidden)
-    return hidden @ weights["w_down"][e]
+    return linear(hidden, "down")
 
 
 def mixture(weights, x_td, expert_tk, weight_tk, keep_tk, grad_td):

@@ -1,239 +1,223 @@
 """One suite for every dispatch: a new one is tested by being listed in DISPATCHES."""
 
-import contextlib
-import functools
-import re
+import itertools
 
+import dispatching
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from dispatching import FACTORS, KINDS, MESHES, D, E
 
-from moe_jax import config
-from moe_jax.moe.dispatch import DISPATCHES, plan
+from moe_jax.moe.dispatch import DISPATCHES
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
-from moe_jax.moe.experts.feed_forward import ExpertFeedForward
-from moe_jax.moe.layer import MoE, MoELayer
-from moe_jax.moe.routing import Routing
-from moe_jax.nn.module import Template
-from moe_jax.parallel import rules
-
-D, F, E = 16, 24, 8
-# Exact needs several rounds for all but the balanced pattern, where there are shards.
-FACTORS = {Bucket: 1.5, Exact: 0.25}
-MESHES = {
-    "alone": ({}, 1),
-    "expert": (dict(expert=8), 8),
-    "data-expert": (dict(data=2, expert=4), 8),
-    "fsdp-expert-tensor": (dict(fsdp=2, expert=2, tensor=2), 4),
-}
-# Mesh, rows, tokens in a row, K.
-CASES = [
-    ("alone", 8, 32, 2),
-    ("expert", 8, 32, 2),
-    ("data-expert", 8, 32, 2),
-    ("fsdp-expert-tensor", 8, 32, 2),
-    ("alone", 8, 32, 1),
-    ("alone", 4, 1, 2),  # Fewer tokens than experts,
-    ("expert", 8, 1, 2),  # and one token a shard.
-]
+from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ragged import Ragged
 
 
-def distinct(rng, tokens, top_k, shares):
-    return np.stack([rng.choice(E, top_k, False, shares) for _ in range(tokens)])
+def cases():
+    """Dispatch, mesh, kind, K, S: every dispatch on every mesh, the rest in turn."""
+    kinds, widths = list(KINDS), (2, 3, 1)
+    for (i, cls), (j, mesh) in itertools.product(
+        enumerate(DISPATCHES), enumerate(MESHES)
+    ):
+        if cls is Auto and mesh not in ("alone", "data-expert"):
+            continue  # It is one of the others.
+        yield cls, mesh, kinds[(i + j) % 4], widths[(i + 2 * j) % 3], 32
+    for cls in DISPATCHES:
+        # One token a shard, fewer than experts; the context axis splits nothing.
+        yield cls, "fsdp and expert", "gated", 2, 1
 
 
-def patterns(tokens, top_k):
-    """By name: (expert_tk, valid_tk), with arbitrary entries where not valid."""
-    rng = np.random.default_rng(tokens * 10 + top_k)
-    t, k = np.arange(tokens)[:, None], np.arange(top_k)[None]
-    balanced = (t + 3 * k) % E
-    every = np.ones((tokens, top_k), bool)
-    zipf = 1 / np.arange(1, E + 1) ** 1.5
-    hollow = np.array([1, 6])[(t + k) % 2]
-    some = rng.random((tokens, top_k)) < 0.6
-    some[tokens // 8 : tokens // 2] = False  # Whole shards without work.
-    same = (3 + k) % E + 0 * t
-    found = {
-        "balanced": (balanced, every),
-        "random": (distinct(rng, tokens, top_k, None), every),
-        "zipf": (distinct(rng, tokens, top_k, zipf / zipf.sum()), every),
-        "all on one": (same, every & (k == 0)),
-        "two in use": (hollow, every),
-        "holes": (distinct(rng, tokens, top_k, None), some),
-        "uneven halves": (np.where(t < tokens // 2, same, balanced), every),
-        "nobody": (balanced, ~every),
-    }
-    return {n: (e.astype(np.int32), v) for n, (e, v) in found.items()}
+def name(value):
+    return value.__name__ if isinstance(value, type) else str(value)
 
 
-def build(cls, dtype="float64"):
-    options = MoE(num_experts=E, experts=ExpertFeedForward(d_ff=F), dispatch=cls())
-    if hasattr(options.dispatch, "capacity_factor"):
-        options.dispatch.capacity_factor = FACTORS.get(cls, 8.0)
-    return Template(lambda rngs: MoELayer(D, options, rngs=rngs, dtype=dtype))
-
-
-def call(template, weights, x, weight_tk, expert_tk, valid_tk):
-    """The layer's dispatch with a routing from outside."""
-    scorer = {"w": jnp.zeros((D, E), jnp.float32)}
-    layer = template.bind({"experts": weights, "scorer": scorer})
-    nothing = jnp.zeros((len(expert_tk), E))
-    routing = Routing(
-        expert_tk=expert_tk,
-        weight_tk=weight_tk,
-        valid_tk=valid_tk,
-        probs_te=nothing,
-        logits_te=nothing,
-        choice_te=nothing,
-        valid_t=jnp.ones(len(expert_tk), bool),
-        num_experts=E,
-        expected_k=float(expert_tk.shape[1]),
-    )
-    return layer._dispatch(x, routing)
-
-
-def setting(axes_mesh, name):
-    sizes = MESHES[name][0]
-    return jax.set_mesh(axes_mesh(**sizes)) if sizes else contextlib.nullcontext()
-
-
-def inputs(rows, length, top_k):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape)
-    weights = {
-        "w_gate": draw(E, D, F) / 4,
-        "w_up": draw(E, D, F) / 4,
-        "w_down": draw(E, F, D) / 5,
-    }
-    tokens = rows * length
-    return weights, draw(rows, length, D), draw(tokens, top_k), draw(rows, length, D)
-
-
-@pytest.mark.parametrize("cls", DISPATCHES, ids=lambda c: c.__name__)
 @pytest.mark.parametrize(
-    ("mesh", "rows", "length", "top_k"), CASES, ids=lambda v: str(v)
+    ("cls", "mesh", "kind", "top_k", "length"), list(cases()), ids=name
 )
-def test_outputs_gradients_and_statistics(
-    float64, axes_mesh, cls, mesh, rows, length, top_k
+def test_outputs_and_gradients_are_those_of_the_oracle(
+    float64, axes_mesh, cls, mesh, kind, top_k, length
 ):
-    """The output and all gradients are those of the sum over assignments."""
-    template, shards = build(cls), MESHES[mesh][1]
-    weights, x, weight_tk, grad = inputs(rows, length, top_k)
-    tokens = rows * length
+    floats, grad = dispatching.drawn(kind, 8, length, top_k)
+    run = dispatching.differentiated(
+        dispatching.options_of(cls), kind, mesh, float(top_k)
+    )
+    for pattern, integers in dispatching.patterns(8 * length, top_k).items():
+        with dispatching.setting(axes_mesh, mesh):
+            y, grads, stats = run(floats, integers, grad)
+        oracle = dispatching.oracle(kind, float(top_k))
+        want_y, want_grads, _ = oracle(floats, integers, grad)
+        jax.tree.map(
+            lambda a, b, p=pattern: np.testing.assert_allclose(
+                a, b, rtol=1e-9, atol=1e-10, err_msg=p
+            ),
+            (y, grads),
+            (want_y, want_grads),
+        )
+        assert stats.assignments == integers[1].sum()
+        assert stats.dropped == 0
+        check_statistics(cls, mesh, stats, *integers)
 
-    @jax.jit
-    def run(weights, x, weight_tk, expert_tk, valid_tk):
-        forward = lambda *a: call(template, *a, expert_tk, valid_tk)
-        y, pull, stats = jax.vjp(forward, weights, x, weight_tk, has_aux=True)
-        return y, pull(grad), stats
 
-    capacity = oracles.capacity(tokens // shards, top_k, E, FACTORS.get(cls, 8.0))
-    dropped, rounds = {}, {}
-    for name, (expert_tk, valid_tk) in patterns(tokens, top_k).items():
-        with setting(axes_mesh, mesh):
-            found = run(weights, x, weight_tk, expert_tk, valid_tk)
-        y, grads, stats = jax.tree.map(np.asarray, found)
-        place_tk, counts = oracles.positions(expert_tk, valid_tk, E, shards)
-        keep_tk = valid_tk & (place_tk < capacity) if cls is Bucket else valid_tk
+def check_statistics(cls, mesh, stats, expert_tk, valid_tk):
+    """Fullest bucket and rounds, counted by numpy, where shards hold whole rows."""
+    if cls not in FACTORS or mesh not in ("alone", "expert", "data-expert"):
+        return
+    shards = MESHES[mesh][2]
+    group = MESHES[mesh][0].get("expert", 1)
+    tokens, top_k = len(expert_tk), expert_tk.shape[1]
+    _, counts_se = oracles.positions(expert_tk, valid_tk, E, shards)
+    if cls is Gather:
+        counts = counts_se.reshape(shards // group, group, E).sum(axis=1)
+    elif cls is Ragged:
+        counts = rows_sent(expert_tk, valid_tk, shards, group)
+    else:
+        counts = counts_se
+    assert stats.peak_fill == counts.max()
+    if cls in (Exact, Gather):
+        held = tokens // shards * (group if cls is Gather else 1)
+        capacity = oracles.capacity(held, top_k, E, FACTORS[cls])
+        assert stats.capacity == capacity
+    capacity = int(stats.capacity)
+    later = min(capacity, (-(-capacity // 4) + 7) // 8 * 8)
+    needed = 1 + max(0, -(-(counts.max() - capacity) // later))
+    assert stats.rounds == (1 if cls in (Bucket, Einsum) else needed)
+
+
+def rows_sent(expert_tk, valid_tk, shards, group):
+    """Rows from each shard to each of its group: one a token and destination."""
+    if group == 1:
+        return np.array([valid_tk.sum()])
+    sent = np.zeros((shards, group), int)
+    for t, (experts, valid) in enumerate(zip(expert_tk, valid_tk, strict=True)):
+        for target in {e // (E // group) for e in experts[valid]}:
+            sent[t * shards // len(expert_tk), target] += 1
+    return sent
+
+
+def test_the_patterns_do_what_they_are_here_for():
+    """Several rounds for what is skewed, one for what is balanced."""
+    expert_tk, valid_tk = dispatching.patterns(256, 2)["all on one"]
+    assert set(expert_tk[valid_tk]) == {3}
+    assert oracles.positions(expert_tk, valid_tk, E, 8)[1].max() == 32
+    assert rows_sent(expert_tk, valid_tk, 8, 8).max() == 32
+    expert_tk, valid_tk = dispatching.patterns(256, 2)["balanced"]
+    assert oracles.positions(expert_tk, valid_tk, E, 8)[1].max() == 8
+
+
+def test_the_oracle_itself_matches_numpy(float64):
+    floats, grad = dispatching.drawn("gated", 4, 8, 3)
+    weights, x, weight_tk = floats
+    for pattern, integers in dispatching.patterns(32, 3).items():
+        y, grads, _ = dispatching.oracle("gated", 3.0)(floats, integers, grad)
         want, want_grads = oracles.mixture(
-            weights,
-            x.reshape(-1, D),
-            expert_tk,
-            weight_tk,
-            keep_tk,
+            weights, x.reshape(-1, D), integers[0], weight_tk, integers[1],
             grad.reshape(-1, D),
+        )  # fmt: skip
+        close = lambda a, b, p=pattern: np.testing.assert_allclose(
+            np.reshape(a, np.shape(b)), b, rtol=1e-9, atol=1e-10, err_msg=p
         )
-        close = functools.partial(
-            np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=name
+        jax.tree.map(close, (y, grads), (want, want_grads))
+
+
+def ranks(expert_tk, valid_tk, order_t, blocks):
+    """Position of each assignment in its (block, expert), in the order given."""
+    place = np.full(expert_tk.size, 10**6)
+    counts = np.zeros((blocks, E), int)
+    top_k, tokens = expert_tk.shape[1], len(expert_tk)
+    for n in order_t:
+        t, k = divmod(n, top_k)
+        if valid_tk[t, k]:
+            block = t * blocks // tokens
+            place[n] = counts[block, expert_tk[t, k]]
+            counts[block, expert_tk[t, k]] += 1
+    return place.reshape(expert_tk.shape)
+
+
+DROPS = {
+    "position": Bucket(capacity_factor=1.0),
+    "weight": Bucket(capacity_factor=1.0, drop="weight"),
+    "groups": Einsum(capacity_factor=1.0, group_size=16),
+}
+
+
+@pytest.mark.parametrize("case", DROPS)
+@pytest.mark.parametrize("mesh", ["alone", "data-expert"])
+def test_what_has_no_room_is_dropped_and_counted(float64, axes_mesh, case, mesh):
+    options, shards = DROPS[case], MESHES[mesh][2]
+    floats, grad = dispatching.drawn("gated", 8, 32, 2)
+    run = dispatching.differentiated(options, "gated", mesh, 2.0)
+    blocks = 256 // 16 if case == "groups" else shards
+    capacity = oracles.capacity(256 // blocks, 2, E, 1.0)
+    order = np.argsort(-floats[2].reshape(-1)) if case == "weight" else range(512)
+    for pattern, (expert_tk, valid_tk) in dispatching.patterns(256, 2).items():
+        with dispatching.setting(axes_mesh, mesh):
+            y, grads, stats = run(floats, (expert_tk, valid_tk), grad)
+        keep_tk = valid_tk & (ranks(expert_tk, valid_tk, order, blocks) < capacity)
+        want = oracles.mixture(
+            floats[0], floats[1].reshape(-1, D), expert_tk, floats[2], keep_tk,
+            grad.reshape(-1, D),
+        )  # fmt: skip
+        close = lambda a, b, p=pattern: np.testing.assert_allclose(
+            np.reshape(a, np.shape(b)), b, rtol=1e-9, atol=1e-10, err_msg=p
         )
-        close(y.reshape(-1, D), want)
-        close(grads[1].reshape(-1, D), want_grads[1])
-        close(grads[2], want_grads[2])
-        for weight in weights:
-            close(grads[0][weight], want_grads[0][weight])
-        assert stats.assignments == valid_tk.sum()
+        jax.tree.map(close, (y, grads), want)
         assert stats.dropped == (valid_tk & ~keep_tk).sum()
-        if cls in FACTORS:
-            later = min(capacity, (-(-capacity // 4) + 7) // 8 * 8)
-            needed = 1 + max(0, -(-(counts.max() - capacity) // later))
-            assert stats.rounds == (needed if cls is Exact else 1)
-            assert stats.peak_fill == counts.max()
-            assert stats.capacity == capacity
-        dropped[name], rounds[name] = stats.dropped, stats.rounds
-    if length == 32:  # The patterns do what they are here for.
-        assert cls is not Bucket or dropped["balanced"] == 0 < dropped["all on one"]
-        assert cls is not Exact or rounds["all on one"] >= 4
-    if length == 32 and shards == 8 and cls is Exact:
-        assert rounds["balanced"] == 1
+        assert stats.capacity == capacity
+        if pattern == "all on one":
+            assert stats.dropped == 256 - blocks * capacity > 0
 
 
-def test_only_rows_cross_between_the_experts(axes_mesh):
-    """Rows are exchanged; no shard ever holds another's experts."""
-    mesh = axes_mesh(expert=4)
-    weights, x, weight_tk, _ = jax.tree.map(np.float32, inputs(8, 8, 2))
-    expert_tk, valid_tk = patterns(64, 2)["random"]
+@pytest.mark.parametrize("cls", [c for c in DISPATCHES if c is not Auto], ids=name)
+def test_single_precision(float64, axes_mesh, cls):
+    """1e-5 of the norm, also with all tokens on one expert."""
+    floats, grad = dispatching.drawn("gated", 8, 32, 2)
+    run = dispatching.differentiated(
+        dispatching.options_of(cls), "gated", "data-expert", 2.0
+    )
+    single = lambda tree: jax.tree.map(np.float32, tree)
+    for pattern in ("random", "all on one"):
+        integers = dispatching.patterns(256, 2)[pattern]
+        with dispatching.setting(axes_mesh, "data-expert"):
+            found = run(single(floats), integers, single(grad))[:2]
+        want = dispatching.oracle("gated", 2.0)(floats, integers, grad)[:2]
 
-    def text(cls):
-        template = build(cls, dtype="float32")
-        place = lambda axes: rules.sharding(mesh, axes)
-        into, out = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
-        shardings = {"w_gate": place(into), "w_up": place(into), "w_down": place(out)}
-        batch = place(("batch", "sequence", None))
-        flat = place(("batch", None))
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(
-                lambda *a: call(template, *a)[0],
-                in_shardings=(shardings, batch, flat, flat, flat),
-                out_shardings=batch,
-            ).lower(weights, x, weight_tk, expert_tk, valid_tk)
-            return compiled.compile().as_text()
+        def close(a, b):
+            assert a.dtype == np.float32
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
-    def count(text, op):
-        """Operations among several devices, not those over an axis of size one."""
-        found = [x for x in text.splitlines() if re.search(rf"{op}(-start)?\(", x)]
-        # jax 0.10 writes the devices, jax 0.11 the axes of the mesh.
-        groups = r"replica_groups=(\{\{0,1,2,3\}\}|mesh\[[^]]*\] \{[^}]*'expert')"
-        return sum(re.search(groups, line) is not None for line in found)
+        jax.tree.map(close, found, want)
 
-    exact = text(Exact)
-    # There and back in the first round, and in the loop of the later ones.
-    assert count(exact, "all-to-all") == 4
-    assert count(exact, "all-gather") == 0
-    assert count(text(DenseDispatch), "all-gather") > 0
+
+MANY = 24  # Experts, and choices of which few are valid: more than are unrolled.
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected_k", "num_experts", "factor", "rows"),
-    [
-        (64, 2.0, 8, 1.0, 16),
-        (64, 2.0, 8, 1.25, 24),  # 20, up to a multiple of 8
-        (64, 2.0, 8, 0.01, 8),
-        (4, 2.0, 8, 1.0, 4),  # never more than there are tokens
-        (64, 2.0, 8, 100.0, 64),
-        (100, 1.5, 8, 1.0, 24),
-    ],
+    "cls", [c for c in DISPATCHES if c not in (Auto, DenseDispatch)], ids=name
 )
-def test_capacity_by_hand(tokens, expected_k, num_experts, factor, rows):
-    found = plan.bucket_rows(tokens * expected_k / num_experts, factor, tokens)
-    assert found == rows
-
-
-@pytest.mark.parametrize("cls", [Bucket, Exact])
-def test_problems(cls):
-    problems = lambda factor: list(
-        cls(capacity_factor=factor).problems("config.dispatch", config.Config())
+def test_many_choices_of_which_few_are_valid(float64, axes_mesh, cls):
+    """Expert choice and top-p: K as large as E, two experts a token in the mean."""
+    shape = dict(num_experts=MANY)
+    floats, grad = dispatching.drawn("gated", 8, 8, MANY, **shape)
+    expert_tk = dispatching.patterns(64, MANY, MANY)["random"][0]
+    rng = np.random.default_rng(5)
+    valid_tk = rng.random((64, MANY)) < 2 / MANY
+    valid_tk[7] = True  # One token takes all,
+    valid_tk[8:16] = False  # a shard none.
+    run = dispatching.differentiated(
+        dispatching.options_of(cls), "gated", "data-expert", 2.0
     )
-    assert problems(0.0) == problems(0.1) == []
-    assert "capacity_factor=-1.0: must not be negative" in problems(-1.0)[0]
-
-
-def test_experts_are_split_by_expert_width_and_hidden_width():
-    assert build(Exact, dtype="float32").axes["experts"] == {
-        "w_gate": ("expert", "expert_embed", "mlp"),
-        "w_up": ("expert", "expert_embed", "mlp"),
-        "w_down": ("expert", "mlp", "expert_embed"),
-    }
+    with dispatching.setting(axes_mesh, "data-expert"):
+        found = run(floats, (expert_tk, valid_tk), grad)
+    want = dispatching.oracle("gated", 2.0)(floats, (expert_tk, valid_tk), grad)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10),
+        found[:2],
+        want[:2],
+    )
+    assert found[2].dropped == 0 and found[2].assignments == valid_tk.sum()

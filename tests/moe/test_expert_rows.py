@@ -13,28 +13,88 @@ from moe_jax.nn import feedforward
 D, F, E, C = 6, 10, 3, 4
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", sorted(feedforward.ACTIVATIONS))
-def test_batched_and_ragged_rows_match_a_loop(float64, activation, gated):
-    options = ExpertFeedForward(d_ff=F, activation=activation, gated=gated)
+def test_batched_and_ragged_rows_match_a_loop(float64, activation, gated, bias):
+    options = ExpertFeedForward(d_ff=F, activation=activation, gated=gated, bias=bias)
     experts = FeedForwardExperts(
         D, E, options, std=0.5, out_std=0.5, dtype="float64", rngs=nnx.Rngs(1)
     )
     weights = jax.tree.map(np.asarray, experts.weights())
-    assert set(weights) == {"w_up", "w_down"} | ({"w_gate"} if gated else set())
-    x = np.random.default_rng(0).normal(size=(E, C, D))
+    matrices = {"up", "down"} | ({"gate"} if gated else set())
+    letters = "wb" if bias else "w"
+    assert set(weights) == {f"{letter}_{m}" for letter in letters for m in matrices}
+    rng = np.random.default_rng(0)
+    for name in weights:
+        if name.startswith("b_"):
+            assert not weights[name].any(), "a bias begins at zero"
+            weights[name] = rng.normal(size=weights[name].shape)
+    x = rng.normal(size=(E, C, D))
     batched = experts.rows(weights, {"features": x})
     for e in range(E):
         for c in range(C):
             want = oracles.expert(weights, e, x[e, c], activation)
             np.testing.assert_allclose(batched[e, c], want, rtol=1e-10, atol=1e-12)
     sizes = np.array([4, 0, 3], np.int32)
-    ragged = experts.rows(weights, {"features": np.concatenate([x[0], x[2]])}, sizes)
+    beyond = np.full((2, D), 1e9)  # Rows of nobody.
+    ragged = experts.rows(
+        weights, {"features": np.concatenate([x[0], x[2], beyond])}, sizes
+    )
     owners = [0] * 4 + [2] * 3
     rows = [*x[0], *x[2]]
     for row, e in enumerate(owners):
         want = oracles.expert(weights, e, rows[row], activation)
         np.testing.assert_allclose(ragged[row], want, rtol=1e-10, atol=1e-12)
+
+
+def test_ragged_gradients_of_a_bias_are_sums_over_its_rows(float64):
+    """`dy / db_down` of expert e counts its rows, and those beyond count for nobody."""
+    options = ExpertFeedForward(d_ff=F, bias=True)
+    experts = FeedForwardExperts(
+        D, E, options, std=0.5, out_std=0.5, dtype="float64", rngs=nnx.Rngs(1)
+    )
+    rows = {"features": np.random.default_rng(0).normal(size=(9, D))}
+    sizes = np.array([4, 0, 3], np.int32)
+    total = lambda weights: experts.rows(weights, rows, sizes)[:7].sum()
+    grad = jax.grad(total)(experts.weights())["b_down"]
+    np.testing.assert_allclose(grad, np.repeat([[4.0], [0], [3]], D, axis=1))
+
+
+def test_a_dense_feed_forward_may_have_biases(float64):
+    """The shared expert is one expert of the same kind."""
+    options = feedforward.Dense(d_ff=F, bias=True)
+    layer = feedforward.FeedForward(
+        D, options, std=0.5, out_std=0.5, dtype="float64", rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(1)
+    for name in ("b_gate", "b_up", "b_down"):
+        param = getattr(layer, name)
+        assert not np.any(param[...])
+        param[...] = rng.normal(size=param.shape)
+    names = [f"{a}_{b}" for a in "wb" for b in ("gate", "up", "down")]
+    weights = {name: np.asarray(getattr(layer, name)[...])[None] for name in names}
+    x = rng.normal(size=(1, 2, D))
+    for s in range(2):
+        want = oracles.expert(weights, 0, x[0, s])
+        np.testing.assert_allclose(layer(x)[0, s], want, rtol=1e-10, atol=1e-12)
+
+
+def test_logical_axes():
+    experts = FeedForwardExperts(
+        D, E, ExpertFeedForward(d_ff=F, bias=True), std=1, out_std=1, dtype="float32",
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    into, out = ("expert_embed", "expert_mlp"), ("expert_mlp", "expert_embed")
+    assert experts.axes() == {
+        "w_gate": ("expert", *into),
+        "b_gate": ("expert", "expert_mlp"),
+        "w_up": ("expert", *into),
+        "b_up": ("expert", "expert_mlp"),
+        "w_down": ("expert", *out),
+        "b_down": ("expert", "expert_embed"),
+    }
+    assert experts.output_biases == ("b_down",)
 
 
 def test_rows_keep_their_type():

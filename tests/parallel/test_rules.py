@@ -12,12 +12,33 @@ def test_specs_by_hand():
     assert rules.spec(("batch", "sequence", None)) == P(
         ("data", "fsdp", "expert"), "context", None
     )
-    assert rules.spec(("expert", "expert_embed", "mlp")) == P(
+    assert rules.spec(("expert", "expert_embed", "expert_mlp")) == P(
         "expert", "fsdp", "tensor"
     )
     assert rules.spec(("vocab", "embed")) == P("tensor", ("fsdp", "expert"))
     assert rules.spec((None, "heads", None)) == P(None, "tensor", None)
     assert rules.spec(()) == P()
+
+
+@pytest.mark.parametrize(
+    ("group", "weights", "tokens"),
+    [
+        (("expert",), P("expert", "fsdp", "tensor"), "context"),
+        (
+            ("expert", "tensor"),
+            P(("expert", "tensor"), "fsdp", None),
+            ("context", "tensor"),
+        ),
+        (("fsdp", "expert"), P(("fsdp", "expert"), None, "tensor"), "context"),
+        (("expert", "context"), P(("expert", "context"), "fsdp", "tensor"), "context"),
+    ],
+)
+def test_experts_split_over_several_axes(group, weights, tokens):
+    """An axis splits a weight once, and tokens are split over the whole group."""
+    named = lambda *axes: rules.spec(tuple(rules.grouped(a, group) for a in axes))
+    assert named("expert", "expert_embed", "expert_mlp") == weights
+    batch = ("data", "fsdp", "expert")
+    assert named("batch", "sequence", None) == P(batch, tokens, None)
 
 
 def test_an_unknown_axis_is_an_error():
@@ -38,7 +59,7 @@ def test_sizes_and_shards(axes_mesh):
     assert rules.size(made, "expert") == 2
     assert rules.size(made, "vocab") == 1
     assert rules.size(jax.sharding.get_abstract_mesh(), "batch") == 1
-    tree = {"w": ("expert", "expert_embed", "mlp"), "scale": (None,)}
+    tree = {"w": ("expert", "expert_embed", "expert_mlp"), "scale": (None,)}
     shardings = rules.tree_shardings(made, tree)
     w = jax.device_put(np.zeros((8, 16, 24), np.float32), shardings["w"])
     scale = jax.device_put(np.zeros(16, np.float32), shardings["scale"])

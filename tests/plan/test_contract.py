@@ -9,6 +9,7 @@ import pytest
 import moe_jax
 from moe_jax.cli import config_file
 from moe_jax.moe import layer
+from moe_jax.moe import sharded as moe_sharded
 from moe_jax.plan import contract, report, topology
 
 ROOT = pathlib.Path(moe_jax.__file__).parents[1]
@@ -80,7 +81,7 @@ def test_a_lost_remat_policy_breaks_the_contract(sharded):
 
 @pytest.mark.soak
 def test_a_doubled_all_gather_breaks_the_contract(sharded, monkeypatch):
-    once = layer._gather_fsdp
+    once = moe_sharded._gather_fsdp
 
     def twice(weights, axes):
         # Summed halves: the compiler cannot drop one of the two.
@@ -88,7 +89,7 @@ def test_a_doubled_all_gather_breaks_the_contract(sharded, monkeypatch):
         first, second = once(weights, axes), once(later, axes)
         return jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, first, second)
 
-    monkeypatch.setattr(layer, "_gather_fsdp", twice)
+    monkeypatch.setattr(moe_sharded, "_gather_fsdp", twice)
     assert "all-gather over fsdp:" in broken_by(sharded)
 
 

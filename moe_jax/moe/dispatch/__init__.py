@@ -3,12 +3,19 @@
 Each is `(options, rows, routing, experts, axes) -> (y_td, DispatchStats)`, a pure
 function of one shard's tokens inside `jax.shard_map` (or of all tokens where `axes`
 is empty). It is the only home of the collectives of the MoE layer.
+
+All give the same result where nothing is dropped; `Bucket` and `Einsum` may drop, and
+count it.
 """
 
-from moe_jax.moe.dispatch import bucket, dense, exact
+from moe_jax.moe.dispatch import auto, bucket, dense, einsum, exact, gather, ragged
 
 DISPATCHES = {
     dense.DenseDispatch: dense.dispatch,
+    einsum.Einsum: einsum.dispatch,
     bucket.Bucket: bucket.dispatch,
     exact.Exact: exact.dispatch,
+    ragged.Ragged: ragged.dispatch,
+    gather.Gather: gather.dispatch,
+    auto.Auto: auto.dispatch,
 }

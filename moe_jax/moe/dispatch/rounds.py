@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.common import Axes, from_experts, to_experts
+from moe_jax.moe.dispatch.common import Axes, from_experts, to_experts, vary_like
 from moe_jax.moe.dispatch.permute import combine, fill
 from moe_jax.moe.dispatch.plan import Plan, bucket_round, window
 from moe_jax.moe.routing import Array, PyTree
@@ -16,15 +16,17 @@ from moe_jax.moe.routing import Array, PyTree
 Step = Callable[[Any, PyTree, PyTree], Array]
 
 
-def _loop(rounds: Array, start: PyTree, step: Callable[[Array], PyTree]) -> PyTree:
-    """Adds `step(r)` to `start` for r in [1, rounds)."""
+def _loop(
+    first: int, rounds: Array, start: PyTree, step: Callable[[Array], PyTree]
+) -> PyTree:
+    """Adds `step(r)` to `start` for r in [first, rounds)."""
 
     def body(carry):
         index, value = carry
         return index + 1, jax.tree.map(jnp.add, value, step(index))
 
     keep_on = lambda carry: carry[0] < rounds
-    return jax.lax.while_loop(keep_on, body, (jnp.int32(1), start))[1]
+    return jax.lax.while_loop(keep_on, body, (jnp.int32(first), start))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -43,26 +45,56 @@ def in_rounds(step: Step, inputs: PyTree, plan: PyTree, rounds: Array) -> Array:
       plan: integers; not differentiable.
       rounds: () int32; where `step` has collectives all shards must agree on it.
     """
-    return _loop(rounds, step(0, inputs, plan), lambda r: step(r, inputs, plan))
+    return _loop(1, rounds, step(0, inputs, plan), lambda r: step(r, inputs, plan))
 
 
 def _forward(step, inputs, plan, rounds):
     first, pull = jax.vjp(lambda given: step(0, given, plan), inputs)
-    y = _loop(rounds, first, lambda r: step(r, inputs, plan))
+    y = _loop(1, rounds, first, lambda r: step(r, inputs, plan))
     return y, (pull, inputs, plan, rounds)
 
 
 def _reverse(step, saved, grad):
     pull, inputs, plan, rounds = saved
 
-    def replay(index):
-        return jax.vjp(lambda given: step(index, given, plan), inputs)[1](grad)
-
-    (grads,) = _loop(rounds, pull(grad), replay)
-    return grads, None, None
+    replay = _replay(step, inputs, plan, grad)
+    return _loop(1, rounds, pull(grad)[0], replay), None, None
 
 
 in_rounds.defvjp(_forward, _reverse)
+
+
+def _replay(step, inputs, plan, grad):
+    """The gradients that a round adds."""
+
+    def replay(index):
+        return jax.vjp(lambda given: step(index, given, plan), inputs)[1](grad)[0]
+
+    return replay
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_loop(step: Step, inputs: PyTree, plan: PyTree, rounds: Array) -> Array:
+    """`in_rounds` with round 0 in the loop too: half the program, no overlap.
+
+    For rounds within a later round, which seldom run.
+    """
+    shape = jax.eval_shape(lambda: step(jnp.int32(0), inputs, plan))
+    start = vary_like(jnp.zeros(shape.shape, shape.dtype), jax.tree.leaves(inputs)[0])
+    return _loop(0, rounds, start, lambda r: step(r, inputs, plan))
+
+
+def _loop_reverse(step, saved, grad):
+    inputs, plan, rounds = saved
+    start = jax.tree.map(lambda x: vary_like(jnp.zeros_like(x), x), inputs)
+    replay = _replay(step, inputs, plan, grad)
+    return _loop(0, rounds, start, replay), None, None
+
+
+in_loop.defvjp(
+    lambda step, *given: (in_loop(step, *given), given),
+    _loop_reverse,
+)
 
 
 def serve_buckets(

@@ -1,5 +1,7 @@
 """Experts that are feed-forwards, gated (Shazeer 2020) or not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,11 +19,13 @@ class ExpertFeedForward(config.ExpertsConfig):
       d_ff: F.
       activation: one of `nn.feedforward.ACTIVATIONS`.
       gated: `act(x W_gate) * (x W_up)` in place of `act(x W_up)`.
+      bias: add a vector after each matrix; it begins at zero.
     """
 
     d_ff: int = 512
     activation: str = "silu"
     gated: bool = True
+    bias: bool = False
 
     def problems(self, path, root):
         if self.d_ff < 1:
@@ -30,15 +34,33 @@ class ExpertFeedForward(config.ExpertsConfig):
         yield from feedforward.tensor_problems(self.d_ff, f"{path}.d_ff", root)
 
 
-def _matmul(rows: Array, w: Array, group_sizes: Array | None) -> Array:
-    w = w.astype(rows.dtype)
+def _of_groups(b_ey: Array, group_sizes: Array, count: int) -> Array:
+    """(e, Y) -> (R, Y): each row's expert's vector; zero for rows of nobody.
+
+    A matmul with ones, whose derivative is another: that of an indexing would scatter.
+    """
+    ends_e = jnp.cumsum(group_sizes)
+    row_r1 = jnp.arange(count, dtype=ends_e.dtype)[:, None]
+    owner_re = (row_r1 >= ends_e - group_sizes) & (row_r1 < ends_e)
+    return jnp.matmul(owner_re.astype(b_ey.dtype), b_ey, precision="highest")
+
+
+def _linear(
+    rows: Array, weights: dict[str, Array], name: str, group_sizes: Array | None
+) -> Array:
+    """`x W + b` with the weights `w_name` and, where there is one, `b_name`."""
+    w, b = weights[f"w_{name}"].astype(rows.dtype), weights.get(f"b_{name}")
     if group_sizes is None:
-        return jnp.einsum("ecx,exy->ecy", rows, w)
-    return jax.lax.ragged_dot(rows, w, group_sizes)
+        out = jnp.einsum("ecx,exy->ecy", rows, w)
+        return out if b is None else out + b[:, None, :].astype(rows.dtype)
+    out = jax.lax.ragged_dot(rows, w, group_sizes)
+    if b is None:
+        return out
+    return out + _of_groups(b.astype(rows.dtype), group_sizes, rows.shape[0])
 
 
 class FeedForwardExperts(nnx.Module):
-    """Stacked `W_down (act(x W_gate) * (x W_up))`."""
+    """Stacked `W_down (act(x W_gate) * (x W_up))`, each with a bias or without."""
 
     def __init__(
         self,
@@ -54,16 +76,29 @@ class FeedForwardExperts(nnx.Module):
         self.act = feedforward.ACTIVATIONS[options.activation]
         into = (num_experts, d_model, options.d_ff)
         out = (num_experts, options.d_ff, d_model)
-        axes = ("expert", "expert_embed", "mlp")
+        axes = ("expert", "expert_embed", "expert_mlp")
+        out_axes = ("expert", "expert_mlp", "expert_embed")
         if options.gated:
             self.w_gate = module.param(rngs, into, axes, std=std, dtype=dtype)
         self.w_up = module.param(rngs, into, axes, std=std, dtype=dtype)
         self.w_down = module.param(
-            rngs, out, ("expert", "mlp", "expert_embed"), std=out_std, dtype=dtype
+            rngs,
+            out,
+            ("expert", "expert_mlp", "expert_embed"),
+            std=out_std,
+            dtype=dtype,
         )
+        self.output_biases = ("b_down",) if options.bias else ()
+        if options.bias:
+            zeros = functools.partial(module.param, rngs, dtype=dtype)
+            hidden, hidden_axes = into[::2], axes[::2]
+            if options.gated:
+                self.b_gate = zeros(hidden, hidden_axes)
+            self.b_up = zeros(hidden, hidden_axes)
+            self.b_down = zeros(out[::2], out_axes[::2])
 
     def _params(self) -> dict[str, nnx.Param]:
-        names = ("w_gate", "w_up", "w_down")
+        names = ("w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
         return {n: getattr(self, n) for n in names if hasattr(self, n)}
 
     def weights(self) -> dict[str, Array]:
@@ -84,15 +119,16 @@ class FeedForwardExperts(nnx.Module):
     ) -> Array:
         """(e, C, D) -> (e, C, D), or (R, D) -> (R, D) with group sizes (e,).
 
-        With F split over `tensor` the result is this shard's part of a sum.
+        With F split over `tensor` the result is this shard's part of a sum. What
+        comes out for rows beyond the groups means nothing.
         """
         x = rows["features"]
-        hidden = _matmul(x, weights["w_up"], group_sizes)
+        hidden = _linear(x, weights, "up", group_sizes)
         if "w_gate" in weights:
-            hidden = self.act(_matmul(x, weights["w_gate"], group_sizes)) * hidden
+            hidden = self.act(_linear(x, weights, "gate", group_sizes)) * hidden
         else:
             hidden = self.act(hidden)
-        return _matmul(hidden, weights["w_down"], group_sizes)
+        return _linear(hidden, weights, "down", group_sizes)
 
     def after(self, y: Array) -> Array:
         """The combined output as it is."""

@@ -1,0 +1,92 @@
+"""The dispatch that a written rule expects to be cheapest; exact in any case.
+
+Compared are the elements that one shard sends in one pass, per token and in units of
+D, over the n shards of the expert group, with n' the shards that a token visits
+(`ragged.destinations`) and C / m what buckets have room for over their mean:
+
+| dispatch | elements |
+|---|---|
+| gather | n - 1 (and n - 1 for the results) |
+| exact | K (n - 1) / n * C / m |
+| ragged | n' (n - 1) / n * 1.25 |
+
+`Gather` is taken where it sends no more than the other. That bounds its buffers too:
+they grow with n, and n is then below K times the padding. The other is `Ragged` on
+TPUs, where grouped matmuls and `ragged_all_to_all` are fast (its 1.25 stands for the
+copies around that exchange), and `Exact` elsewhere: on CPUs and GPUs `ragged_dot` is
+not a grouped kernel but a masked dense product. With one shard nothing is exchanged
+and the other is taken as it is.
+"""
+
+import functools
+import logging
+
+import jax
+
+from moe_jax import config
+from moe_jax.moe.dispatch import exact, gather, ragged
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, platform
+from moe_jax.moe.dispatch.plan import bucket_rows
+from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+
+_log = logging.getLogger(__name__)
+_RAGGED_COPIES = 1.25
+_DISPATCHES = {
+    exact.Exact: exact.dispatch,
+    gather.Gather: gather.dispatch,
+    ragged.Ragged: ragged.dispatch,
+}
+
+
+@config.node
+class Auto(config.DispatchConfig):
+    """`Exact`, `Ragged` or `Gather`, each with its defaults; the log says which."""
+
+
+def choose(
+    where: str, shards: int, num_tokens: int, expected_k: float, num_experts: int
+) -> config.DispatchConfig:
+    """Applies the rule.
+
+    Args:
+      where: "cpu", "gpu" or "tpu".
+      shards: n, over which the experts are split.
+      num_tokens: T of one shard.
+      expected_k: K.
+      num_experts: E.
+    """
+    mean = num_tokens * expected_k / num_experts
+    padding = bucket_rows(mean, 0.0, num_tokens) / max(mean, 1e-9)
+    if where == "tpu":
+        other = ragged.Ragged()
+        visits = ragged.destinations(expected_k, num_experts, shards)
+        sent = visits * _RAGGED_COPIES
+    else:
+        other, sent = exact.Exact(), expected_k * padding
+    return gather.Gather() if 1 < shards <= sent else other
+
+
+@functools.cache
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        _log.info(line)
+
+
+def dispatch(
+    options: Auto,
+    rows: PyTree,
+    routing: Assignments,
+    experts: LocalExperts,
+    axes: Axes,
+) -> tuple[Array, DispatchStats]:
+    """Resolves to another dispatch at trace time; see `DISPATCHES`."""
+    shards, num_tokens = axes.expert_shards(), routing.expert_tk.shape[0]
+    chosen = choose(
+        platform(), shards, num_tokens, routing.expected_k, routing.num_experts
+    )
+    _say(
+        f"auto dispatch: {type(chosen).__name__} for {num_tokens} tokens a shard, "
+        f"K={routing.expected_k:g} of {routing.num_experts} experts over {shards} "
+        f"shards on {platform()}"
+    )
+    return _DISPATCHES[type(chosen)](chosen, rows, routing, experts, axes)

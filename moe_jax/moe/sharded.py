@@ -1,0 +1,156 @@
+"""Dispatch and experts of a layer: the one `jax.shard_map` of the MoE layer.
+
+Without a mesh (`jax.set_mesh`) the same code runs on the tokens at hand.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moe_jax import config
+from moe_jax.moe.dispatch import DISPATCHES
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, total
+from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
+from moe_jax.parallel import mesh, rules
+
+_is_axes = lambda value: isinstance(value, tuple)
+
+
+def run(
+    options: config.DispatchConfig,
+    experts: Any,
+    expert_axes: tuple[str, ...],
+    x: Array,
+    routing: Routing | Assignments,
+) -> tuple[Array, DispatchStats]:
+    """Carries tokens to their experts and back, (B, S, D) -> (B, S, D).
+
+    Args:
+      options: of a dispatch.
+      experts: module of one of `EXPERTS`.
+      expert_axes: mesh axes over which the experts are split.
+      x: (B, S, D).
+      routing: of the B * S tokens.
+
+    Returns:
+      The experts' weighted outputs, zero for a token that no expert serves, and exact
+      statistics of the dispatch.
+    """
+    split = lambda a: a.reshape(*x.shape[:2], a.shape[-1])
+    tokens = (
+        experts.before({"features": x}),
+        split(routing.expert_tk),
+        split(routing.weight_tk),
+        split(routing.valid_tk),
+    )
+
+    def serve(tokens, given, axes):
+        batch_shape = tokens[1].shape[:2]
+        flat = lambda a: a.reshape(-1, *a.shape[2:])
+        rows, expert_tk, weight_tk, valid_tk = jax.tree.map(flat, tokens)
+        local = Assignments(
+            expert_tk=expert_tk,
+            weight_tk=weight_tk,
+            valid_tk=valid_tk,
+            num_experts=routing.num_experts,
+            expected_k=routing.expected_k,
+        )
+        y_td, stats = DISPATCHES[type(options)](options, rows, local, given, axes)
+        return y_td.reshape(*batch_shape, y_td.shape[-1]), stats
+
+    return on_shards(serve, experts, expert_axes, tokens, x)
+
+
+def on_shards(
+    serve: Callable[[PyTree, LocalExperts, Axes], tuple[Array, DispatchStats]],
+    experts: Any,
+    expert_axes: tuple[str, ...],
+    tokens: PyTree,
+    x: Array,
+) -> tuple[Array, DispatchStats]:
+    """Runs `serve` on each shard's tokens with the experts at hand.
+
+    Args:
+      serve: one shard's tokens, experts and mesh axes to (b, s, D), which may be this
+        shard's part of a sum over the experts' width, and statistics of the mesh.
+      experts: module of one of `EXPERTS`.
+      expert_axes: mesh axes over which the experts are split.
+      tokens: pytree of (B, S, ...).
+      x: (B, S, D), for its shape and type.
+
+    Returns:
+      (B, S, D) and the statistics.
+    """
+    length = x.shape[1]
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), experts.weights())
+    body = lambda tokens, weights: _shard(serve, experts, expert_axes, tokens, weights)
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty:
+        y, stats = body(tokens, weights)
+        return experts.after(y), stats
+    # Decoding has one position, and may have fewer than there are shards.
+    sequence = rules.grouped("sequence", expert_axes)
+    missing = -length % rules.size(current, sequence)
+    pad = lambda a: jnp.pad(a, [(0, 0), (0, missing)] + [(0, 0)] * (a.ndim - 2))
+    token_spec = rules.spec(("batch", sequence))
+    weight_specs = jax.tree.map(rules.spec, experts.axes(), is_leaf=_is_axes)
+    y, stats = jax.shard_map(
+        body,
+        in_specs=(token_spec, weight_specs),
+        out_specs=(token_spec, PartitionSpec()),
+    )(jax.tree.map(pad, tokens) if missing else tokens, weights)
+    return experts.after(y[:, :length]), stats
+
+
+def _axes(expert_axes: tuple[str, ...]) -> Axes:
+    if jax.sharding.get_abstract_mesh().empty:
+        return Axes()
+    sequence = rules.mesh_axes(rules.grouped("sequence", expert_axes))
+    tokens = rules.mesh_axes("batch") + sequence
+    return Axes(tokens, expert_axes, mesh.AXES)
+
+
+def _shard(serve, experts, expert_axes, tokens, weights):
+    """One shard's part: (b, s, ...) in, (b, s, D) and exact statistics out."""
+    axes = _axes(expert_axes)
+    width = rules.mesh_axes(rules.grouped("expert_mlp", expert_axes))
+    if axes.every:
+        weights = _gather_fsdp(weights, experts.axes())
+        weights = _add_once(weights, experts.output_biases, width)
+    given = LocalExperts(weights=weights, run=experts.rows)
+    y, stats = serve(tokens, given, axes)
+    # The experts' width may be split: each shard then holds a part of the sum.
+    return total(y, width if axes.every else ()), stats
+
+
+def _gather_fsdp(weights: PyTree, axes_tree: PyTree) -> PyTree:
+    """Brings back the dimensions that fsdp splits, inside `shard_map`.
+
+    The derivative of this gather is a reduce-scatter of the gradient.
+    """
+
+    def gather(axes, w):
+        for dim, axis in enumerate(axes):
+            if axis is not None and axis.startswith("expert_embed"):
+                names = rules.mesh_axes(axis)
+                if names:
+                    w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+        return w
+
+    return jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes)
+
+
+def _add_once(weights: PyTree, biases: tuple[str, ...], width: tuple[str, ...]):
+    """Zero on all shards but the first that hold parts of one expert's width.
+
+    The outputs of these shards are summed, so what is added to an output must be there
+    once.
+    """
+    if not width or not biases:
+        return weights
+    first = jax.lax.axis_index(width) == 0
+    once = {name: jnp.where(first, weights[name], 0) for name in biases}
+    return {**weights, **once}

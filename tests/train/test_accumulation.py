@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from moe_jax.check.run import random_batch, with_dtype
@@ -65,7 +66,7 @@ def ragged_batch(config):
 
 
 def run(config, state, batch, accumulation):
-    """Gradients, the router state after the step, and the step's figures."""
+    """Gradients, their norm, the router state after the step, and its figures."""
     config.train.accumulation = accumulation
     devices = jax.devices()[: config.mesh.fixed_devices()]
     parts = setup.make_parts(config, devices)
@@ -74,8 +75,9 @@ def run(config, state, batch, accumulation):
         found = step.compute_gradients(config, parts.model, state, batch)
         observed = found.observations
         after = parts.model.update_router_state(state.router_state, observed)
-        one = jax.numpy.ones(())
-        return found, after, step.step_metrics(parts.model, found, one, one, after)
+        norm = optax.tree.norm(found.grads)
+        figures = step.step_metrics(parts.model, found, norm, norm, after)
+        return found, norm, after, figures
 
     with jax.set_mesh(parts.mesh):
         placed = batches.put(batch, parts.mesh, config.train.batch_size, 0)
@@ -95,16 +97,17 @@ def same(found, want, tolerance=1e-11):
 def test_losses_over_tokens_and_steps_do_not_depend_on_accumulation(tiny64, states):
     tiny64.model.feed_forward.balance = Balance(**INVARIANT)
     state, batch = fresh(tiny64, states), ragged_batch(tiny64)
-    whole, after, metrics = run(tiny64, state, batch, 1)
+    whole, norm, after, metrics = run(tiny64, state, batch, 1)
     assert set(whole.aux.losses) == {
         *("sequence_balance_loss", "global_balance_loss"),
         *("router_z_loss", "router_entropy_loss"),
     }
-    cut, cut_after, cut_metrics = run(tiny64, state, batch, PARTS)
+    cut, cut_norm, cut_after, cut_metrics = run(tiny64, state, batch, PARTS)
     same(cut.aux.losses, whole.aux.losses)
     same(cut.grads, whole.grads)
     same(cut.aux.health, whole.aux.health)
     np.testing.assert_allclose(cut.loss, whole.loss, rtol=1e-12)
+    np.testing.assert_allclose(cut_norm, norm, rtol=1e-12)
     # Counts are added and not averaged: the bias of both is the same to the bit.
     same(cut.observations, whole.observations, 0)
     same(cut_after, after, 0)
@@ -116,15 +119,21 @@ def test_losses_over_tokens_and_steps_do_not_depend_on_accumulation(tiny64, stat
 
 @pytest.mark.slow
 def test_all_losses_on_a_mesh_and_by_micro_batch(tiny64, states):
-    """With accumulation: eight devices against one, and its parts one by one."""
+    """With accumulation: eight devices against one, and its parts one by one.
+
+    Along no axis of the mesh does the scale of a loss grow, nor that of the experts'
+    gradients or of their norm.
+    """
     tiny64.model.feed_forward.balance = Balance(**ALL)
     state, batch = fresh(tiny64, states), ragged_batch(tiny64)
-    one, after, _ = run(tiny64, state, batch, PARTS)
+    one, norm, after, _ = run(tiny64, state, batch, PARTS)
     assert len(one.aux.losses) == 8
 
-    for axis in ("data", "expert", "tensor"):
+    for axis in ("expert", "context", "tensor"):
         setattr(tiny64.mesh, axis, 2)
-    found, found_after, _ = run(tiny64, state, batch, PARTS)
+    found, found_norm, found_after, _ = run(tiny64, state, batch, PARTS)
+    np.testing.assert_allclose(found.loss, one.loss, rtol=1e-11)
+    np.testing.assert_allclose(found_norm, norm, rtol=1e-10)
     same(found.aux.losses, one.aux.losses)
     same(found.grads, one.grads, 1e-9)
     same(found.observations, one.observations, 0)

@@ -1,0 +1,91 @@
+"""The cosine router of X-MoE (Chi et al. 2022): angles, not lengths."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.moe.routing import Array, Mode, Tokens
+from moe_jax.nn import module
+
+# Added to a squared length: the length of a zero vector has no derivative.
+_TINY = 1e-12
+
+
+@config.node
+class Cosine(config.ScorerConfig):
+    """Cosines of projected tokens and expert embeddings over a learnable temperature.
+
+    Soft MoE's logits are those of proj_dim=0, temperature=1.0.
+
+    Attributes:
+      proj_dim: width of the space in which they are compared; 0: that of the tokens,
+        without a projection.
+      temperature: its initial value.
+      min_temperature: it does not fall below.
+      init_std: deviation of the initial weights.
+      dtype: of the weights and the products.
+    """
+
+    proj_dim: int = 256
+    temperature: float = 0.5
+    min_temperature: float = 0.01
+    init_std: float = 0.02
+    dtype: str = "float32"
+
+    def problems(self, path, root):
+        yield from config.dtype_problems(self, path, "dtype")
+        if self.proj_dim < 0:
+            yield f"{path}.proj_dim={self.proj_dim}: must not be negative"
+        for name in ("temperature", "min_temperature", "init_std"):
+            if getattr(self, name) <= 0:
+                yield f"{path}.{name}={getattr(self, name)}: must be positive"
+        if self.temperature < self.min_temperature:
+            yield (
+                f"{path}.temperature={self.temperature} is below "
+                f"{path}.min_temperature={self.min_temperature}"
+            )
+
+
+def unit(x: Array, axis: int) -> Array:
+    """Vectors along an axis, divided by their length; zero stays zero."""
+    squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(squares + _TINY)
+
+
+class CosineScorer(nnx.Module):
+    """`logits_te = cos(x_t W, w_e) / temperature` (equation 3).
+
+    The weight is the logarithm of 1 / temperature, so that it stays positive.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, options: Cosine, rngs: nnx.Rngs):
+        self.dtype = options.dtype
+        self.largest = -math.log(options.min_temperature)
+        normal = dict(std=options.init_std, dtype=options.dtype)
+        width = options.proj_dim or d_model
+        if options.proj_dim:
+            axes = ("embed", None)
+            self.w_proj = module.param(rngs, (d_model, width), axes, **normal)
+        axes = (None if options.proj_dim else "embed", None)
+        self.w = module.param(rngs, (width, num_experts), axes, **normal)
+        start = -math.log(options.temperature)
+        self.log_scale = module.param(rngs, (), (), value=start, dtype=options.dtype)
+
+    @staticmethod
+    def init_carry(options: Cosine, num_tokens: int) -> None:
+        """Nothing passes from layer to layer."""
+        return None
+
+    def __call__(
+        self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
+    ) -> tuple[Array, None]:
+        """Returns logits (T, E)."""
+        x = tokens.features.astype(self.dtype)
+        if hasattr(self, "w_proj"):
+            x = x @ self.w_proj[...]
+        cosine_te = unit(x, axis=-1) @ unit(self.w[...], axis=0)
+        scale = jnp.exp(jnp.minimum(self.log_scale[...], self.largest))
+        return cosine_te * scale, carry

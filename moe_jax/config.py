@@ -35,6 +35,10 @@ class ModelConfig(Node):
 
     __slots__ = ()
 
+    def rows_together(self) -> int:
+        """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
+        return 1
+
 
 class FeedForwardConfig(Node):
     """Base of a block's feed-forward: dense or MoE."""
@@ -59,6 +63,10 @@ class SelectorConfig(Node):
         Without a sequence length: experts whose parameters may serve one token.
         """
         return float(getattr(self, "top_k", num_experts))
+
+    def rows_together(self) -> int:
+        """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
+        return 1
 
     def size_problems(self, path: str, num_experts: int) -> Iterator[str]:
         """Rules that need E; `path` is that of the selector."""

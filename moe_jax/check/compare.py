@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.moe.routing import Routing
 from moe_jax.train.step import Gradients
 from moe_jax.tree import named_leaves
 
@@ -52,13 +53,18 @@ class Difference:
         return bool(self.error <= self.allowed)
 
 
-def _near_ties(routing: Any, tolerance: float) -> list[int]:
-    choice = np.sort(np.asarray(routing.choice_te, np.float64), axis=-1)
-    top_k, num_experts = routing.expert_tk.shape[-1], choice.shape[-1]
-    if top_k >= num_experts:
-        return [0] * choice.shape[0]
-    last, first = choice[..., num_experts - top_k], choice[..., num_experts - top_k - 1]
-    near = (last - first) <= tolerance * np.maximum(np.abs(last), 1e-30)
+def _near_ties(routing: Routing, tolerance: float) -> list[int]:
+    choice = np.asarray(routing.choice_te, np.float64)
+    served = np.zeros(choice.shape, np.int64)
+    for k in range(routing.expert_tk.shape[-1]):
+        expert = np.asarray(routing.expert_tk)[..., k, None]
+        hit = np.arange(choice.shape[-1]) == expert
+        served += hit & np.asarray(routing.valid_tk)[..., k, None]
+    last = np.min(np.where(served, choice, np.inf), axis=-1)
+    first = np.max(np.where(served, -np.inf, choice), axis=-1)
+    both = np.isfinite(last) & np.isfinite(first)
+    gap = np.abs(np.where(both, last - first, np.inf))
+    near = gap <= tolerance * np.maximum(np.abs(np.where(both, last, 0)), 1e-30)
     return np.sum(near & np.asarray(routing.valid_t), axis=-1).tolist()
 
 
@@ -86,7 +92,7 @@ def record(
         exact["expert counts"] = found.aux.health["counts"]
         exact["assignments"] = found.aux.stats.assignments
         dropped = int(np.sum(found.aux.stats.dropped))
-        if found.aux.routing is not None:
+        if isinstance(found.aux.routing, Routing):
             near_ties = _near_ties(found.aux.routing, TOLERANCE[dtype])
     close |= {f"grad/{n}": v for n, v in named_leaves(found.grads).items()}
     close |= {f"router state/{n}": v for n, v in named_leaves(router_state).items()}

@@ -12,7 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax.check import compare
 from moe_jax.check.compare import Difference, Record
 from moe_jax.config import Config, MeshConfig, Node
-from moe_jax.moe.routing import Mode, Override
+from moe_jax.moe.routing import Mode, Override, Routing
 from moe_jax.parallel import batches
 from moe_jax.train import setup, step
 from moe_jax.train.setup import Parts
@@ -72,14 +72,15 @@ def with_dtype(config: Config, dtype: str) -> Config:
 def prepare(config: Config, meshes: dict[str, MeshConfig], shrink: bool) -> Config:
     """The config to check: few rows, and a smaller model if asked.
 
-    The batch is the smallest of at least 8 rows that every mesh splits evenly.
+    The batch is the smallest of at least 8 rows that every mesh splits evenly, and
+    whose rows a router may group.
     """
     config = copy.deepcopy(config)
     if shrink:
         config.model = config.model.shrunk()
         config.data.sequence_length = min(config.data.sequence_length, 64)
     shards = math.lcm(*(m.data * m.fsdp * m.expert for m in meshes.values()))
-    rows = config.train.accumulation * shards
+    rows = config.train.accumulation * shards * config.model.rows_together()
     config.train.batch_size = rows * -(-_LEAST_ROWS // rows)
     return config
 
@@ -136,7 +137,8 @@ def run_step(
         placed = batches.put(batch, parts.mesh, size, 0)
         found, norm, params, router_state = jax.jit(both)(state, placed, replay)
     routing = None
-    if found.aux is not None and found.aux.routing is not None:
+    # A continuous router chooses nothing that could be replayed.
+    if found.aux is not None and isinstance(found.aux.routing, Routing):
         routing = jax.device_get(found.aux.routing)
     return compare.record(found, norm, params, router_state, dtype), routing
 

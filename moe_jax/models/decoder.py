@@ -292,7 +292,7 @@ class DecoderModel:
         """6 per active matrix weight, and causal attention (halved), both per token."""
         options = self.options
         active = sum(
-            leaf.size * self._share(name)
+            leaf.size * self._share(name, sequence_length)
             for name, leaf in self._shapes().items()
             # A lookup costs nothing; a tied matrix is multiplied at the output.
             if (name != "embedding" or options.tie_embeddings)
@@ -304,12 +304,13 @@ class DecoderModel:
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return named_leaves(jax.eval_shape(self.init, jax.random.key(0)))
 
-    def _share(self, name: str) -> float:
+    def _share(self, name: str, sequence_length: int = 0) -> float:
         """Share of a parameter that serves a token: K / E of the experts."""
         if "/experts/" not in name:
             return 1.0
         ff = self.options.feed_forward
-        return getattr(ff.selector, "top_k", ff.num_experts) / ff.num_experts
+        served = ff.selector.experts_per_token(ff.num_experts, sequence_length)
+        return served / ff.num_experts
 
 
 class Outer(nnx.Module):

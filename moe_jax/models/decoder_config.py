@@ -6,6 +6,7 @@ import dataclasses
 import jax
 
 from moe_jax import config
+from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
 
@@ -66,6 +67,11 @@ class Decoder(config.ModelConfig):
     def width_per_head(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
 
+    def rows_together(self) -> int:
+        """See `ModelConfig.rows_together`."""
+        ff = self.feed_forward
+        return ff.selector.rows_together() if isinstance(ff, MoE) else 1
+
     def shrunk(self) -> "Decoder":
         """A small model of the same kind: same experts, routing, ratio of heads."""
         small = copy.deepcopy(self)
@@ -114,10 +120,10 @@ class Decoder(config.ModelConfig):
         if self.remat not in REMAT_POLICIES:
             yield f"{path}.remat={self.remat!r}: must be one of {list(REMAT_POLICIES)}"
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
-        yield from self._moe_problems(path)
+        yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
 
-    def _moe_problems(self, path):
+    def _moe_problems(self, path, root):
         options = self.feed_forward
         if not isinstance(options, MoE):
             if self.remat == "full_but_exchanges":
@@ -126,6 +132,15 @@ class Decoder(config.ModelConfig):
                     "exchanged; set it to 'full'"
                 )
             return
+        reason = capabilities.not_causal(options.selector)
+        predicts = root.objective is not None and root.objective.autoregressive
+        if reason and predicts and not options.allow_noncausal:
+            yield (
+                f"{path}.feed_forward.selector={type(options.selector).__name__} in a "
+                f"model that predicts the next token: {reason}, so the loss would be "
+                "that of a model that sees what it predicts; choose another selector, "
+                f"or set {path}.feed_forward.allow_noncausal=True"
+            )
         if self.num_layers < max(0, options.first_dense) + max(1, options.every):
             yield (
                 f"{path}.feed_forward.first_dense={options.first_dense} and "

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.moe import balance, health, sharded
+from moe_jax.moe import balance, capabilities, health, mixing, route, sharded
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts import EXPERTS
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
+from moe_jax.moe.noises import NOISES
 from moe_jax.moe.routing import (
     TRAIN,
     Array,
     DispatchStats,
+    Mixing,
     Mode,
     MoEAux,
     Override,
@@ -31,7 +33,7 @@ from moe_jax.moe.routing import (
 )
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.linear import Linear
-from moe_jax.moe.selectors import SELECTORS
+from moe_jax.moe.selectors import LOSSES
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn import feedforward, module
 from moe_jax.parallel import rules
@@ -54,6 +56,11 @@ class MoE(config.FeedForwardConfig):
       selector: logits to a routing.
       balance: losses and bias.
       dispatch: how rows reach their experts.
+      noise: in the router, in training only; None: none.
+      output_scale: a learned factor per channel on the routed experts' output,
+        initially 1 (SparseMixer's omega).
+      allow_noncausal: accept a selector that looks at later tokens in a model that
+        predicts them.
       first_dense: blocks at the bottom that stay dense.
       every: of the blocks above, each n-th (the last of n) is MoE.
       dense_d_ff: width of the dense blocks; needed where there are any.
@@ -68,6 +75,9 @@ class MoE(config.FeedForwardConfig):
     selector: config.SelectorConfig = dataclasses.field(default_factory=TopK)
     balance: Balance = dataclasses.field(default_factory=Balance)
     dispatch: config.DispatchConfig = dataclasses.field(default_factory=Exact)
+    noise: config.NoiseConfig | None = None
+    output_scale: bool = False
+    allow_noncausal: bool = False
     first_dense: int = 0
     every: int = 1
     dense_d_ff: int = 0
@@ -90,12 +100,10 @@ class MoE(config.FeedForwardConfig):
         ):
             if getattr(self, name) < least:
                 yield f"{path}.{name}={getattr(self, name)}: must be at least {least}"
-        top_k = getattr(self.selector, "top_k", 1)
-        if top_k > self.num_experts:
-            yield (
-                f"{path}.selector.top_k={top_k} is more than "
-                f"{path}.num_experts={self.num_experts}"
-            )
+        if self.num_experts >= 1:
+            where = f"{path}.selector"
+            yield from self.selector.size_problems(where, self.num_experts)
+        yield from capabilities.problems(self, path)
         yield from self._group_problems(path, root.mesh)
         if self.shared_gate and not self.shared_d_ff:
             yield (
@@ -162,8 +170,17 @@ class MoELayer(nnx.Module):
         dtype: str = "float32",
     ):
         self.options = options
+        num_scores = options.num_experts
+        num_scores *= getattr(options.selector, "slots_per_expert", 1)
         scorer = SCORERS[type(options.scorer)]
-        self.scorer = scorer(d_model, options.num_experts, options.scorer, rngs)
+        self.scorer = scorer(d_model, num_scores, options.scorer, rngs)
+        if options.noise is not None:
+            noise = NOISES[type(options.noise)]
+            self.noise = noise(d_model, num_scores, options.noise, rngs)
+        if options.output_scale:
+            self.output_scale = module.param(
+                rngs, (d_model,), (None,), value=1.0, dtype=dtype
+            )
         experts = EXPERTS[type(options.experts)]
         self.experts = experts(
             d_model,
@@ -239,33 +256,48 @@ class MoELayer(nnx.Module):
         with jax.named_scope("router"):
             routing, carry = self._route(tokens, state, carry, key, mode, override)
         y, stats = self._dispatch(x, routing)
+        if self.options.output_scale:
+            y = y * self.output_scale[...].astype(y.dtype)
         if self.options.shared_d_ff:
             with jax.named_scope("shared"):
                 y = y + jnp.where(valid[..., None], self._shared(x), 0)
-        options = self.options.balance
-        aux = MoEAux(
-            losses=balance.losses(options, routing, tokens.batch_shape, state),
-            health=health.figures(routing),
-            stats=stats,
-            observation=balance.observe(options, routing),
-            statistics=balance.statistics(options, routing),
-            routing=routing if mode.capture else None,
-        )
+        aux = self._aux(routing, stats, tokens, state, mode)
         return y, carry, aux
 
+    def _aux(self, routing, stats, tokens, state, mode) -> MoEAux:
+        options, selector = self.options.balance, self.options.selector
+        seen = routing
+        if isinstance(routing, Mixing):
+            seen = mixing.as_routing(routing)
+        losses = balance.losses(options, seen, tokens.batch_shape, state)
+        if type(selector) in LOSSES:
+            losses |= LOSSES[type(selector)](selector, seen)
+        return MoEAux(
+            losses=losses,
+            health=health.figures(seen),
+            stats=stats,
+            observation=balance.observe(options, seen),
+            statistics=balance.statistics(options, seen),
+            routing=routing if mode.capture else None,
+        )
+
     def _route(self, tokens, state, carry, key, mode, override):
-        # Two methods that draw from one key would be correlated.
-        fold = lambda room: None if key is None else jax.random.fold_in(key, room)
         options = self.options
         if carry is None:
             num_tokens = tokens.features.shape[0]
             carry = self.scorer.init_carry(options.scorer, num_tokens)
-        logits_te, carry = self.scorer(tokens, carry, fold(0), mode)
-        select = SELECTORS[type(options.selector)]
-        routing = select(
-            options.selector, logits_te, tokens, state, mode, override, fold(1)
+        noise = self.noise if options.noise is not None else None
+        return route.route(
+            self.scorer,
+            noise,
+            options.selector,
+            tokens,
+            state,
+            carry,
+            key,
+            mode,
+            override,
         )
-        return routing, carry
 
     def _shared(self, x: Array) -> Array:
         y = self.shared(x)
@@ -275,8 +307,12 @@ class MoELayer(nnx.Module):
         gate = jax.nn.sigmoid(x.astype(wide) @ self.shared_gate[...].astype(wide))
         return y * gate.astype(y.dtype)
 
-    def _dispatch(self, x: Array, routing: Routing) -> tuple[Array, DispatchStats]:
+    def _dispatch(
+        self, x: Array, routing: Routing | Mixing
+    ) -> tuple[Array, DispatchStats]:
         options = self.options
+        if isinstance(routing, Mixing):
+            return mixing.mix(self.experts, options.expert_axes, x, routing)
         return sharded.run(
             options.dispatch, self.experts, options.expert_axes, x, routing
         )

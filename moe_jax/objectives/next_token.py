@@ -21,6 +21,7 @@ class NextToken(config.ObjectiveConfig):
       logit_z_weight: of the mean squared log-normaliser (PaLM's z-loss); 0: none.
     """
 
+    autoregressive = True
     logit_z_weight: float = 0.0
 
     def problems(self, path, root):

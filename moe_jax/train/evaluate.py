@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.moe.routing import EVAL, Mode
+from moe_jax.moe import mixing
+from moe_jax.moe.routing import EVAL, Mixing, Mode
 from moe_jax.objectives import OBJECTIVES
 from moe_jax.parallel import batches
 from moe_jax.train.setup import Parts
@@ -59,6 +60,8 @@ class Evaluator:
     def _batch_uses(self, state: TrainState, batch) -> jax.Array:
         """How often each expert of each layer serves each token id, (L, E, V)."""
         routing = self._loss(state, batch, Mode(train=False, capture=True)).aux.routing
+        if isinstance(routing, Mixing):  # Every expert has a part in every token.
+            routing = jax.vmap(mixing.as_routing)(routing)
         vocab_size = self._parts.config.model.vocab_size
         ids_t = batch["tokens"].reshape(-1)
 

@@ -42,7 +42,12 @@ class ParamGroup(config.Node):
             yield f"{path}.rate={self.rate} would be ignored: the group is frozen"
 
 
-NO_DECAY = (ParamGroup(pattern=r"(^|/|_)norm/scale$", decay=False),)
+# Scales whose neutral value is not 0: of norms, of a cosine router, of the output.
+NO_DECAY = (
+    ParamGroup(
+        pattern=r"(^|/|_)norm/scale$|/scorer/log_scale$|/output_scale$", decay=False
+    ),
+)
 
 
 @config.node

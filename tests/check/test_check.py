@@ -214,12 +214,17 @@ def test_near_ties_by_hand():
     )
     routing = types.SimpleNamespace(
         choice_te=choice_te[None],
-        expert_tk=np.zeros((1, 5, 2), int),
+        expert_tk=np.broadcast_to([0, 1], (1, 5, 2)),
+        valid_tk=np.ones((1, 5, 2), bool),
         valid_t=np.array([[True, True, True, True, False]]),
     )
     assert compare._near_ties(routing, 1e-5) == [2]
     assert compare._near_ties(routing, 1e-8) == [1]
-    routing.expert_tk = np.zeros((1, 5, 4), int)
+    # Where fewer serve, the boundary is another one: the third token's first two.
+    routing.valid_tk = np.broadcast_to([True, False], (1, 5, 2))
+    assert compare._near_ties(routing, 1e-5) == [1]
+    routing.expert_tk = np.broadcast_to(np.arange(4), (1, 5, 4))
+    routing.valid_tk = np.ones((1, 5, 4), bool)
     assert compare._near_ties(routing, 1e-5) == [0], "all experts are chosen"
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config
+from moe_jax.errors import UserError
 from moe_jax.moe.routing import Array, Groups, Mixing, Mode, Override, Tokens
 from moe_jax.moe.selectors import common
 
@@ -31,6 +32,9 @@ class MixtureOfTokens(config.SelectorConfig):
     def experts_per_token(self, num_experts, sequence_length=0):
         return num_experts / (self.group_size if sequence_length else 1)
 
+    def rows_together(self):
+        return self.group_size if self.across == "rows" else 1
+
     def problems(self, path, root):
         yield from common.least_problems(self, path, group_size=1)
         if self.temperature <= 0:
@@ -42,17 +46,19 @@ class MixtureOfTokens(config.SelectorConfig):
         yield from self._batch_problems(path, root)
 
     def _batch_problems(self, path, root):
-        sizes = {"data.sequence_length": root.data.sequence_length}
+        mesh, train = root.mesh, root.train
+        length = root.data.sequence_length // max(1, mesh.context)
+        sizes = {"data.sequence_length / context": length}
         if self.across == "rows":
-            accumulation = max(1, root.train.accumulation)
-            sizes = {"train.batch_size / accumulation": root.train.batch_size}
-            sizes = {name: size // accumulation for name, size in sizes.items()}
-            sizes["eval.samples"] = root.eval.samples
+            shards = max(1, mesh.data) * mesh.fsdp * mesh.expert
+            rows = train.batch_size // max(1, train.accumulation * shards)
+            name = "train.batch_size / accumulation / (data * fsdp * expert)"
+            sizes = {name: rows, "eval.samples": root.eval.samples}
         for name, size in sizes.items():
             if self.group_size >= 1 and size % self.group_size:
                 yield (
                     f"{path}.group_size={self.group_size} does not divide "
-                    f"config.{name}={size}: every token needs a whole group"
+                    f"config.{name} = {size}: a group stays on one shard"
                 )
 
 
@@ -61,7 +67,7 @@ def _groups(options: MixtureOfTokens, tokens: Tokens) -> Groups:
     size = options.group_size
     across = rows if options.across == "rows" else positions
     if across % size:
-        raise ValueError(
+        raise UserError(
             f"MixtureOfTokens groups {size} {options.across}, but there are {across}"
         )
     block = (size, 1) if options.across == "rows" else (1, size)
@@ -83,7 +89,7 @@ def select(
     emit="softmax": within a group they shift all tokens alike.
 
     Raises:
-      ValueError: the group size does not divide the batch.
+      UserError: the group size does not divide the batch.
     """
     common.refuse_choices(override, "MixtureOfTokens")
     if options.emit == "merge":

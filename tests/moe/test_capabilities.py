@@ -1,0 +1,363 @@
+"""What combines with what: every refusal with its reason, and nothing else refused."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_selectors import VALID, logits_for, route
+
+from moe_jax import config
+from moe_jax.models.decoder_config import Decoder
+from moe_jax.moe import capabilities
+from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch.bucket import Bucket
+from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.experts.feed_forward import ExpertFeedForward
+from moe_jax.moe.layer import MoE, MoELayer
+from moe_jax.moe.noises import NOISES
+from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
+from moe_jax.moe.noises.gaussian import Gaussian
+from moe_jax.moe.noises.input_jitter import InputJitter
+from moe_jax.moe.noises.learned_gaussian import LearnedGaussian
+from moe_jax.moe.routing import Mixing
+from moe_jax.moe.scorers import SCORERS
+from moe_jax.moe.scorers.no_scores import NoScores
+from moe_jax.moe.selectors import SELECTORS, top_p
+from moe_jax.moe.selectors.expert_choice import ExpertChoice
+from moe_jax.moe.selectors.global_top_k import GlobalTopK
+from moe_jax.moe.selectors.group_limited import GroupLimited
+from moe_jax.moe.selectors.hashing import Hash
+from moe_jax.moe.selectors.mixture_of_tokens import MixtureOfTokens
+from moe_jax.moe.selectors.soft_moe import SoftMoE
+from moe_jax.moe.selectors.sparse_mixer import SparseMixer
+from moe_jax.moe.selectors.sparse_mixer_v2 import SparseMixerV2
+from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.moe.selectors.top_p import TopP
+from moe_jax.nn.module import Template
+from moe_jax.objectives.next_token import NextToken
+
+SMALL = {GroupLimited: dict(top_k=3, num_groups=4, top_groups=2)}
+SMALL[MixtureOfTokens] = dict(group_size=2)
+CONTINUOUS = (SoftMoE, MixtureOfTokens)
+NONCAUSAL = (ExpertChoice, GlobalTopK, SoftMoE)
+SILENT = dict(load_balance_weight=0.0, z_weight=0.0)
+
+
+def make(selector, **fields):
+    """A layer with this selector that nothing is to be said against."""
+    options = selector(**SMALL.get(selector, {}))
+    weights = {}
+    if selector in (*CONTINUOUS, ExpertChoice):
+        weights = dict(load_balance_weight=0.0)
+    if selector is Hash:
+        fields = {"scorer": NoScores(), **fields}
+        weights = dict(SILENT)
+    weights |= fields.pop("balance", {})
+    return MoE(
+        num_experts=8,
+        experts=ExpertFeedForward(d_ff=8),
+        selector=options,
+        balance=Balance(**weights),
+        **fields,
+    )
+
+
+def problems(moe):
+    root = config.Config()
+    root.train.batch_size = 32
+    return list(config.all_problems(moe, "config.ff", root))
+
+
+def test_the_table_names_every_selector():
+    assert set(capabilities.CAPABILITIES) == set(SELECTORS)
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_a_plain_layer_is_accepted(selector):
+    assert problems(make(selector)) == []
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_scorers_and_noises_combine_as_the_table_says(selector):
+    for scorer in SCORERS:
+        refused = (scorer is NoScores) != (selector is Hash)
+        assert bool(problems(make(selector, scorer=scorer()))) == refused
+    no_choice = (*CONTINUOUS, Hash, ExpertChoice, SparseMixer, SparseMixerV2)
+    refusing = {
+        InputJitter: (Hash,),
+        Gaussian: (*CONTINUOUS, Hash),
+        LearnedGaussian: (*CONTINUOUS, Hash),
+        EpsilonGreedy: no_choice,
+    }
+    assert set(refusing) == set(NOISES)
+    for noise, selectors in refusing.items():
+        found = problems(make(selector, noise=noise()))
+        assert len(found) == (selector in selectors), found
+        assert all("does not combine" in problem for problem in found)
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_losses_and_bias_combine_as_the_table_says(selector):
+    loads = dict.fromkeys(
+        ("load_balance_weight", "sequence_weight", "global_weight", "pooled_weight"),
+        (*CONTINUOUS, Hash, ExpertChoice),
+    )
+    others = dict.fromkeys(("z_weight", "importance_weight", "entropy_weight"), (Hash,))
+    samples = (SparseMixer, SparseMixerV2)
+    bias = {"bias_rate": (*CONTINUOUS, Hash, ExpertChoice, *samples)}
+    for name, selectors in {**loads, **others, **bias}.items():
+        found = problems(make(selector, balance={name: 0.1}))
+        assert len(found) == (selector in selectors), (name, found)
+        assert all(f"balance.{name}=0.1" in problem for problem in found)
+    noises = [] if selector in (*CONTINUOUS, Hash) else [Gaussian(), LearnedGaussian()]
+    for noise in noises:
+        found = problems(make(selector, noise=noise, balance={"load_weight": 0.1}))
+        assert len(found) == (selector is not TopK)
+    found = problems(make(selector, balance={"load_weight": 0.1}))
+    assert len(found) == 1 and "load_weight=0.1" in found[0]
+    assert ("needs noise" in found[0]) == (selector is TopK)
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_a_continuous_router_has_no_dispatch(selector):
+    for dispatch in (
+        Bucket(),
+        DenseDispatch(),
+        type(MoE().dispatch)(capacity_factor=2.0),
+    ):
+        found = problems(make(selector, dispatch=dispatch))
+        assert len(found) == (selector in CONTINUOUS)
+        assert all("slots that are always full" in problem for problem in found)
+
+
+def test_what_is_in_no_table_is_refused():
+    @config.node
+    class Odd(config.SelectorConfig):
+        pass
+
+    found = problems(MoE(selector=Odd()))
+    assert any("selector is a Odd, which is none of ['TopK'" in p for p in found)
+
+
+def predicting(moe, objective=None):
+    root = config.Config(objective=objective)
+    root.data.sequence_length = 32
+    model = Decoder(feed_forward=moe)
+    return [p for p in model.problems("config.model", root) if "allow_noncausal" in p]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_only_causal_routers_predict_the_next_token(selector):
+    found = predicting(make(selector), NextToken())
+    assert len(found) == (selector in NONCAUSAL)
+    for problem in found:
+        assert "depend" in problem or "mixture of all tokens" in problem
+        assert selector.__name__ in problem
+    assert predicting(make(selector)) == []
+    moe = make(selector, allow_noncausal=True)
+    assert predicting(moe, NextToken()) == []
+    found = problems(moe)
+    assert len(found) == (selector not in NONCAUSAL)
+    assert all("allow_noncausal=True would be ignored" in problem for problem in found)
+
+
+def test_tokens_mixed_across_positions_are_not_causal():
+    moe = make(MixtureOfTokens)
+    moe.selector.across = "positions"
+    (problem,) = predicting(moe, NextToken())
+    assert "later ones too" in problem
+    moe.allow_noncausal = True
+    assert predicting(moe, NextToken()) == [] == problems(moe)
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_the_table_is_right_about_causality(selector):
+    """Whether earlier positions change where the last token of each row does."""
+    options = make(selector).selector
+    if selector is TopP:
+        options.p = 0.9
+    z = logits_for(options).astype(np.float32)
+    one, changed = gates(route(options, z)), False
+    for seed in range(4):
+        other = z.reshape(4, 6, -1).copy()
+        other[:, -1] = logits_for(options, seed, spread=9.0)[:4]
+        two = gates(route(options, other.reshape(z.shape)))
+        changed |= any(
+            (a[:, :-1] != b[:, :-1]).any() for a, b in zip(one, two, strict=True)
+        )
+    assert changed == (selector in NONCAUSAL)
+
+
+def gates(routing):
+    rows = lambda a: np.asarray(a).reshape(4, 6, *a.shape[1:])
+    if isinstance(routing, Mixing):
+        return rows(routing.merge_tep), rows(routing.emit_tep)
+    valid = rows(routing.valid_tk)
+    return valid, np.where(valid, rows(routing.weight_tk), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (TopK(score="tanh"), "score='tanh': must be one of ['softmax', 'sigmoid'"),
+        (TopK(softmax="after", score="sigmoid"), "score='sigmoid' would be ignored"),
+        (TopK(top_k=1, score="sigmoid"), "the router gets no gradient"),
+        (TopK(top_k=9), "selector.top_k=9 is more than config.ff.num_experts=8"),
+        (GroupLimited(top_k=9, top_groups=8), "selector.top_k=9 is more than"),
+        (GroupLimited(top_k=1, num_groups=4), "the router gets no gradient"),
+        (
+            GroupLimited(num_groups=3, top_groups=1),
+            "num_groups=3 does not divide",
+        ),
+        (GroupLimited(num_groups=8), "needs two experts in a group"),
+        (GroupLimited(num_groups=4, top_groups=5), "top_groups=5 is more than"),
+        (GroupLimited(top_k=5, num_groups=4, top_groups=2), "more than the 4 experts"),
+        (GroupLimited(group_score="sum"), "must be 'max' or 'top2'"),
+        (GroupLimited(num_groups=0), "num_groups=0: must be at least 1"),
+        (TopP(p=0.0), "p=0.0: must lie in (0, 1]"),
+        (TopP(k_max=9), "selector.k_max=9 is more than"),
+        (TopP(k_max=0), "k_max=0: must be at least 1"),
+        (TopP(expected_k=9.0), "is more than config.ff.selector.k_max=8"),
+        (TopP(expected_k=1.0, k_max=1, renormalize=True), "gets no gradient"),
+        (TopP(entropy_weight=-1.0), "entropy_weight=-1.0: must be at least 0"),
+        (ExpertChoice(capacity_factor=0.0), "must be positive"),
+        (ExpertChoice(capacity_factor=9.0), "more tokens than there are"),
+        (ExpertChoice(group="row"), "must be 'sequence' or 'batch'"),
+        (GlobalTopK(k_max=1), "k_max=1 is less than"),
+        (GlobalTopK(k_max=16), "selector.k_max=16 is more than"),
+        (GlobalTopK(group="all"), "must be 'sequence' or 'batch'"),
+        (Hash(salt=-1), "salt=-1: must lie in"),
+        (Hash(top_k=0), "top_k=0: must be at least 1"),
+        (SoftMoE(slots_per_expert=0), "slots_per_expert=0: must be at least 1"),
+        (MixtureOfTokens(group_size=0), "group_size=0: must be at least 1"),
+        (MixtureOfTokens(temperature=0.0), "temperature=0.0: must be positive"),
+        (MixtureOfTokens(emit="sum"), "must be 'merge' or 'softmax'"),
+        (MixtureOfTokens(across="time"), "must be 'rows' or 'positions'"),
+        (MixtureOfTokens(group_size=5), "group_size=5 does not divide config.train"),
+        (
+            MixtureOfTokens(group_size=5, across="positions"),
+            "does not divide config.data.sequence_length / context = 256",
+        ),
+    ],
+    ids=str,
+)
+def test_problems_of_selectors(options, words):
+    moe = dataclasses.replace(make(type(options)), selector=options)
+    assert any(words in problem for problem in problems(moe)), problems(moe)
+
+
+def test_groups_of_rows_fit_the_shards():
+    moe = make(MixtureOfTokens)
+    moe.selector.group_size = 8
+    root = config.Config(mesh=config.MeshConfig(data=2, expert=4))
+    root.train.batch_size, root.train.accumulation = 128, 2
+    assert list(moe.selector.problems("config.s", root)) == []
+    root.eval.samples = 3
+    root.train.batch_size = 32
+    found = list(moe.selector.problems("config.s", root))
+    assert len(found) == 2 and "= 2: a group stays on one shard" in found[0]
+    assert "config.eval.samples = 3" in found[1]
+    assert Decoder(feed_forward=moe).rows_together() == 8
+    moe.selector.across = "positions"
+    assert Decoder(feed_forward=moe).rows_together() == 1
+
+
+ONE_EXPERT = [
+    TopK(top_k=1, renormalize=False),
+    TopK(top_k=1, renormalize=False, score="sigmoid"),
+    GroupLimited(top_k=1, num_groups=4, top_groups=2, renormalize=False),
+    TopP(k_max=1, expected_k=1.0),
+    GlobalTopK(top_k=1, k_max=1),
+    SparseMixerV2(top_k=1, eps=0.5),
+]
+
+
+@pytest.mark.parametrize("options", ONE_EXPERT, ids=str)
+def test_one_expert_teaches_its_router(options):
+    """A softmax over the one that was chosen is 1 whatever the score: no gradient."""
+    z = jnp.asarray(logits_for(options), jnp.float32)
+    total = lambda z: jnp.sum(route(options, z).weight_tk)
+    assert np.abs(jax.grad(total)(z)).max() > 1e-3
+
+
+def test_work_and_active_parameters_follow_the_selector():
+    served = {
+        TopK: (2.0, 2.0),
+        GroupLimited: (3.0, 3.0),
+        TopP: (2.0, 2.0),
+        Hash: (1.0, 1.0),
+        ExpertChoice: (2.0, 2.0),
+        SparseMixer: (1.0, 1.0),
+        SparseMixerV2: (2.0, 2.0),
+        GlobalTopK: (2.0, 2.0),
+        SoftMoE: (8.0, 8 / 64),
+        MixtureOfTokens: (8.0, 8 / 2),
+    }
+    for selector in SELECTORS:
+        options = make(selector).selector
+        pair = (options.experts_per_token(8), options.experts_per_token(8, 64))
+        assert pair == served[selector]
+
+
+def test_the_layer_carries_noise_entropy_and_scale():
+    """Every selector and noise that combine go through the layer as they stand."""
+    for selector, noise in itertools.product(SELECTORS, [None, *NOISES]):
+        moe = make(selector, noise=noise and noise(), output_scale=noise is None)
+        if problems(moe):
+            continue
+        made = Template(lambda rngs, m=moe: MoELayer(6, m, rngs=rngs))
+        weights = jax.eval_shape(made.init, jax.random.key(0))
+        assert ("output_scale" in weights) == (noise is None)
+        assert ("noise" in weights) == (noise is LearnedGaussian)
+        x = jax.ShapeDtypeStruct((2, 8, 6), jnp.bfloat16)
+        ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        y, _, aux = jax.eval_shape(
+            lambda w, x, ids, made=made: made.bind(w)(
+                x, token_ids=ids, key=jax.random.key(0)
+            ),
+            weights,
+            x,
+            ids,
+        )
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert ("top_p_entropy_loss" in aux.losses) == (selector is TopP)
+        assert all(v.dtype == jnp.float32 for v in aux.losses.values())
+
+
+def test_the_scale_multiplies_the_routed_experts():
+    moe = make(TopK, output_scale=True)
+    moe.shared_d_ff = 4
+    made = Template(lambda rngs: MoELayer(6, moe, rngs=rngs))
+    shapes = jax.eval_shape(made.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda a: rng.normal(size=a.shape).astype("f4"), shapes)
+    run = jax.jit(lambda w, x: made.bind(w)(x)[0])
+    x = rng.normal(size=(2, 8, 6)).astype("f4")
+    scaled = run(weights, x)
+    shared = run({**weights, "output_scale": np.zeros(6, "f4")}, x)
+    plain = run({**weights, "output_scale": np.ones(6, "f4")}, x)
+    want = shared + (plain - shared) * weights["output_scale"]
+    np.testing.assert_allclose(scaled, want, rtol=1e-4, atol=1e-5)
+    assert np.abs(shared).max() > 0.1
+
+
+def test_the_entropy_loss_by_hand(float64):
+    """Uniform over E: log E; its gradient reaches the scorer."""
+    options = TopP(entropy_weight=0.5)
+    flat = route(options, np.zeros((24, 8)))
+    found = top_p.losses(options, flat)["top_p_entropy_loss"]
+    np.testing.assert_allclose(found, 0.5 * np.log(8), rtol=1e-12)
+    z = logits_for(options)
+    probs = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    want = -0.5 * (probs * np.log(probs)).sum(axis=1)[VALID].mean()
+    value = lambda z: top_p.losses(options, route(options, z, VALID))
+    np.testing.assert_allclose(value(z)["top_p_entropy_loss"], want, rtol=1e-12)
+    grad = jax.grad(lambda z: value(z)["top_p_entropy_loss"])(jnp.asarray(z))
+    # dH/dz_e = -p_e (log p_e + H).
+    entropy = -(probs * np.log(probs)).sum(axis=1, keepdims=True)
+    want = -0.5 * probs * (np.log(probs) + entropy) * VALID[:, None] / VALID.sum()
+    np.testing.assert_allclose(grad, want, rtol=1e-9, atol=1e-15)
+    assert top_p.losses(TopP(entropy_weight=0.0), flat) == {}

@@ -11,7 +11,12 @@ from moe_jax import config
 from moe_jax.models import build
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
-from moe_jax.models.decoder_config import Decoder, Segment, segments_of
+from moe_jax.models.decoder_config import (
+    REMAT_POLICIES,
+    Decoder,
+    Segment,
+    segments_of,
+)
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
@@ -288,7 +293,7 @@ def test_remat_policies_give_the_same_gradients():
     )
     given = inputs(TOKENS, STEPS, np.ones((B, S)))
     grads, compiled = {}, {}
-    for remat in ("none", "full", "dots"):
+    for remat in REMAT_POLICIES:
         model = DecoderModel(options(num_layers=2, feed_forward=moe, remat=remat))
 
         def value(params, model=model):
@@ -302,7 +307,7 @@ def test_remat_policies_give_the_same_gradients():
         traced = jax.jit(jax.grad(value)).trace(params)
         compiled[remat] = str(traced.jaxpr)
         grads[remat] = named_leaves(traced.lower().compile()(params))
-    for remat in ("full", "dots"):
+    for remat in REMAT_POLICIES:
         for name, grad in grads[remat].items():
             np.testing.assert_allclose(
                 grad, grads["none"][name], rtol=1e-3, atol=1e-6, err_msg=name
@@ -423,6 +428,12 @@ def test_axes_mirror_the_parameters():
         (dict(num_kv_heads=3), {}, "num_kv_heads=3"),
         (dict(head_dim=3), {}, "head_dim=3 is odd"),
         (dict(remat="some"), {}, "remat='some'"),
+        (
+            dict(remat="full_but_exchanges", feed_forward=Dense(d_ff=8)),
+            {},
+            "there are no experts, so nothing is exchanged",
+        ),
+        (dict(remat="full_but_exchanges"), {}, ""),
         (dict(dtype="float8"), {}, "dtype='float8'"),
         (dict(num_kv_heads=-1), {}, "must not be negative"),
         (dict(num_layers=1), {}, "leaves no block for experts"),

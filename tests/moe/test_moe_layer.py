@@ -9,7 +9,12 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
+from moe_jax.moe.dispatch.einsum import Einsum
+from moe_jax.moe.dispatch.exact import Exact
+from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import EVAL, Mode, Override
@@ -59,7 +64,10 @@ def expected(params, x, valid, top_k=2):
             share = scores[e] / scores[chosen].sum()
             y[tuple(place)] += share * oracles.expert(params["experts"], e, row)
             counts[e] += 1
-        y[tuple(place)] += oracles.expert(shared, 0, row)
+        gate = 1.0
+        if "shared_gate" in params:
+            gate = oracles.sigmoid(row @ params["shared_gate"][:, 0])
+        y[tuple(place)] += gate * oracles.expert(shared, 0, row)
     return y, counts
 
 
@@ -68,11 +76,10 @@ VALID[1, 3:] = False
 VALID[5:7] = False
 
 
-@pytest.fixture(scope="module")
-def run():
+def compiled(moe):
     """y, aux and the gradient of a sum over y, the same program with every mesh."""
     with jax.enable_x64(True):
-        made = template(options())
+        made = template(moe)
 
     @jax.jit
     def value(params, x, valid):
@@ -87,6 +94,11 @@ def run():
     params = drawn(made, seed=1)
     x = np.random.default_rng(0).normal(size=(B, S, D))
     return value, params, x
+
+
+@pytest.fixture(scope="module")
+def run():
+    return compiled(options())
 
 
 def test_outputs_and_counts_match_numpy(float64, run):
@@ -131,6 +143,49 @@ def test_a_mesh_with_a_context_axis_changes_nothing(float64, run, axes_mesh):
     )
     assert aux.stats.assignments == want_aux.stats.assignments
     assert len(y.sharding.device_set) == 8
+
+
+TWO = ("expert", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields"),
+    [
+        (
+            dict(data=2, expert=2, tensor=2),
+            dict(dispatch=Ragged(), expert_axes=TWO, shared_gate=True),
+        ),
+        (dict(fsdp=2, expert=2, tensor=2), dict(dispatch=Gather(), bias=True)),
+        (
+            dict(fsdp=2, expert=2, context=2),
+            dict(dispatch=Exact(), expert_axes=("fsdp", "expert"), shared_gate=True),
+        ),
+        (dict(data=2, expert=4), dict(dispatch=Auto(), bias=True, shared_gate=True)),
+        (
+            dict(expert=2, context=2, tensor=2),
+            dict(dispatch=Einsum(capacity_factor=8.0), expert_axes=TWO, bias=True),
+        ),
+    ],
+    ids=lambda v: "-".join(v) if "dispatch" not in v else type(v["dispatch"]).__name__,
+)
+def test_whole_layers_on_meshes(float64, axes_mesh, sizes, fields):
+    """Each against numpy, and its gradients against those without a mesh."""
+    fields = dict(fields)
+    experts = ExpertFeedForward(d_ff=F, bias=fields.pop("bias", False))
+    value, params, x = compiled(options(experts=experts, **fields))
+    want_grads, (want_y, want_aux) = value(params, x, VALID)
+    slow, counts = expected(params, x, VALID)
+    np.testing.assert_allclose(want_y, slow, rtol=1e-9, atol=1e-10)
+    with jax.set_mesh(axes_mesh(**sizes)):
+        grads, (y, aux) = value(params, x, VALID)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10),
+        (grads, y, aux.losses),
+        (want_grads, want_y, want_aux.losses),
+    )
+    np.testing.assert_array_equal(aux.health["counts"], counts)
+    assert aux.stats.assignments == want_aux.stats.assignments == counts.sum()
+    assert aux.stats.dropped == 0
 
 
 def test_the_layer_is_usable_alone():
@@ -204,6 +259,17 @@ def test_router_state_only_with_a_bias_rate(float64):
         (dict(dense_d_ff=8), "would be ignored"),
         (dict(every=2, dense_d_ff=7), "config.ff.dense_d_ff=7 is not divisible"),
         (dict(every=0), "every=0: must be at least 1"),
+        (dict(shared_gate=True), "shared_gate=True would be ignored"),
+        (dict(shared_gate=True, shared_d_ff=8), ""),
+        (dict(expert_axes=("tensor",)), "must hold 'expert'"),
+        (dict(expert_axes=("expert", "expert")), "at most once"),
+        (dict(expert_axes=("expert", "model")), "must hold 'expert', and others of"),
+        (dict(expert_axes=("expert", "data")), "set config.mesh.data to a number"),
+        (dict(expert_axes=TWO), ""),
+        (
+            dict(expert_axes=TWO, num_experts=12),
+            "not divisible by config.mesh.expert * config.mesh.tensor=8",
+        ),
         (dict(every=2, dense_d_ff=8), ""),
         ({}, ""),
     ],

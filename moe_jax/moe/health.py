@@ -69,6 +69,7 @@ def of_step(
         "load_max_over_mean": max_over_mean(counts_le),
         "max_violation": max_violation(counts_le),
         "dead_experts": dead_experts(counts_le),
+        "experts_per_token": jnp.sum(counts_le) / tokens,
         "straggler": straggler(counts_le, _shards(expert_axes)),
         "router_entropy": jnp.mean(aux.health["entropy"]),
         "changed_tokens": jnp.sum(aux.health["changed"]) / tokens,

@@ -154,6 +154,7 @@ def test_what_a_step_reports(axes_mesh):
         "load_max_over_mean": 3.0,
         "max_violation": 2.0,
         "dead_experts": 4,
+        "experts_per_token": 2.0,
         "straggler": 1.0,
         "router_entropy": 1.0,
         "changed_tokens": 4 / 16,

@@ -205,7 +205,7 @@ UNIFORM = np.arange(T * K).reshape(T, K) % E
 
 
 def test_a_uniform_load_has_loss_one_or_k():
-    """Any scope, any f; Hugging Face's value is K (language models' appendix)."""
+    """In any scope; Hugging Face's value is K."""
     routing = dataclasses.replace(
         make(logits=np.zeros((T, E))),
         expert_tk=jnp.asarray(UNIFORM, jnp.int32),

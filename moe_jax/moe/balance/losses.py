@@ -38,7 +38,7 @@ def squared_variation(x_e: Array) -> Array:
 def importance_loss(routing: Routing) -> Array:
     """Variation of the experts' summed probabilities, without noise, ().
 
-    Riquelme et al. 2021, appendix A.2, eq. 8-9.
+    Riquelme et al. 2021, appendix A.
     """
     probs_te = routing.probs_te
     if routing.noisy_te is not None:
@@ -53,7 +53,7 @@ def load_loss(routing: Routing) -> Array:
 
     An expert's load is the sum over tokens of the probability that its noisy logit
     passes the token's K-th largest one if its own noise is drawn anew (Riquelme et
-    al. 2021, appendix A.2, eq. 10-12).
+    al. 2021, appendix A).
     """
     top_k = routing.expert_tk.shape[1]
     last_t = jax.lax.top_k(routing.noisy_te, top_k)[0][:, -1]

@@ -9,6 +9,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
+from moe_jax.moe.dispatch import auto
 from moe_jax.observe.summary import write_summary
 from moe_jax.parallel import batches, distributed
 from moe_jax.train import finale, restore, setup, workdir
@@ -103,6 +104,8 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
         begin = time.perf_counter()
         run_step = setup.compile_step(parts)
         progress.compile_seconds = time.perf_counter() - begin
+        for line in auto.choices():
+            recorder.console.note(line)
         size = config.train.batch_size
         first, count = batches.rows_of_process(parts.mesh, size)
         host_batches = data.train_batches(

@@ -1,5 +1,8 @@
 """Pieces of the dispatches: capacity, emulated exchange, choice, problems."""
 
+import functools
+
+import dispatching
 import jax
 import numpy as np
 import pytest
@@ -131,12 +134,18 @@ def test_auto_chooses_by_bytes(where, shards, tokens, top_k, experts, cls):
     assert type(auto.choose(where, shards, tokens, float(top_k), experts)) is cls
 
 
-def test_auto_says_what_it_chose(caplog):
-    auto._say.cache_clear()
-    with caplog.at_level("INFO", logger="moe_jax"):
-        auto._say("auto dispatch: Exact")
-        auto._say("auto dispatch: Exact")
-    assert [r.message for r in caplog.records] == ["auto dispatch: Exact"]
+@pytest.mark.parametrize(("top_k", "chosen"), [(1, "Exact"), (6, "Gather")])
+def test_auto_says_what_it_chose(axes_mesh, monkeypatch, top_k, chosen):
+    monkeypatch.setattr(auto, "_choices", {})
+    floats, _ = dispatching.drawn("plain", 8, 256, top_k)
+    integers = dispatching.patterns(2048, top_k)["balanced"]
+    run = functools.partial(dispatching.run, auto.Auto(), "plain", "data-expert")
+    with dispatching.setting(axes_mesh, "data-expert"):
+        jax.eval_shape(lambda: run(*floats, *integers, float(top_k)))
+    assert auto.choices() == [
+        f"auto dispatch: {chosen} for 256 tokens a shard, K={top_k} of 8 experts over "
+        "4 shards on cpu"
+    ]
 
 
 @pytest.mark.parametrize("cls", [Bucket, Exact, Einsum, Ragged, Gather])

@@ -18,18 +18,12 @@ not a grouped kernel but a masked dense product. With one shard nothing is excha
 and the other is taken as it is.
 """
 
-import functools
-import logging
-
-import jax
-
 from moe_jax import config
 from moe_jax.moe.dispatch import exact, gather, ragged
 from moe_jax.moe.dispatch.common import Axes, LocalExperts, platform
 from moe_jax.moe.dispatch.plan import bucket_rows
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 
-_log = logging.getLogger(__name__)
 _RAGGED_COPIES = 1.25
 _DISPATCHES = {
     exact.Exact: exact.dispatch,
@@ -40,7 +34,10 @@ _DISPATCHES = {
 
 @config.node
 class Auto(config.DispatchConfig):
-    """`Exact`, `Ragged` or `Gather`, each with its defaults; the log says which."""
+    """`Exact`, `Ragged` or `Gather`, each with its defaults.
+
+    Training says which one it is once the step is compiled.
+    """
 
 
 def choose(
@@ -66,10 +63,13 @@ def choose(
     return gather.Gather() if 1 < shards <= sent else other
 
 
-@functools.cache
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        _log.info(line)
+# Lines about the choices of this process, in their order.
+_choices: dict[str, None] = {}
+
+
+def choices() -> list[str]:
+    """What was chosen so far, a line for each kind of layer and batch."""
+    return list(_choices)
 
 
 def dispatch(
@@ -84,9 +84,9 @@ def dispatch(
     chosen = choose(
         platform(), shards, num_tokens, routing.expected_k, routing.num_experts
     )
-    _say(
+    _choices[
         f"auto dispatch: {type(chosen).__name__} for {num_tokens} tokens a shard, "
         f"K={routing.expected_k:g} of {routing.num_experts} experts over {shards} "
         f"shards on {platform()}"
-    )
+    ] = None
     return _DISPATCHES[type(chosen)](chosen, rows, routing, experts, axes)

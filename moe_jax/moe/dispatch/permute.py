@@ -1,7 +1,5 @@
 """Carrying rows into slots and back; every derivative is a gather, none scatters."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -9,8 +7,10 @@ from moe_jax.moe.dispatch.common import vary_like
 from moe_jax.moe.dispatch.plan import Round
 from moe_jax.moe.routing import Array
 
-# Up to here the K slots of a token are summed by K gathers in one expression.
+# Up to here the K slots of a token are summed by K gathers without a loop,
 _MOST_UNROLLED = 16
+# of which so many (T, D) are in memory at a time.
+_AT_ONCE = 4
 
 
 def take_rows(x: Array, index: Array, keep: Array) -> Array:
@@ -37,13 +37,13 @@ def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> A
     top_k = slot_tk.shape[1]
     if top_k <= _MOST_UNROLLED:
         column = lambda a, k: None if a is None else a[:, k]
-        return functools.reduce(
-            jnp.add,
-            (
-                part(slot_tk[:, k], served_tk[:, k], column(weight_tk, k))
-                for k in range(top_k)
-            ),
-        )
+        total = None
+        for k in range(top_k):
+            if k and k % _AT_ONCE == 0:
+                total, slot_tk = jax.lax.optimization_barrier((total, slot_tk))
+            rows = part(slot_tk[:, k], served_tk[:, k], column(weight_tk, k))
+            total = rows if total is None else total + rows
+        return total
     order_tk = jnp.argsort(~served_tk, axis=1, stable=True)
     first = lambda a: None if a is None else jnp.take_along_axis(a, order_tk, axis=1)
     slot_tk, served_tk, weight_tk = first(slot_tk), first(served_tk), first(weight_tk)

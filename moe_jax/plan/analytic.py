@@ -121,7 +121,7 @@ def _weight_work(lay: Layout, weight: Weight) -> Work:
         hbm += 2 * 4 * lay.tokens * side
         return Work("logits", flops, hbm, False, pieces=pieces)
     remat = lay.model.remat
-    redone = remat == "full" or (remat == "dots" and is_expert)
+    redone = lay.recomputes or (remat == "dots" and is_expert)
     return Work(weight.part, flops, hbm, redone, pieces=pieces)
 
 

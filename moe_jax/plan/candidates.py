@@ -13,12 +13,14 @@ from moe_jax.config import Config, DispatchConfig, MeshConfig, validate
 from moe_jax.errors import UserError
 from moe_jax.models.decoder_config import REMAT_POLICIES
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.buckets import Bucket
+from moe_jax.moe.dispatch.auto import Auto
+from moe_jax.moe.dispatch.bucket import Bucket
+from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.layer import MoE
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
 
-_MAY_DROP = (Bucket,)
+_MAY_DROP = (Bucket, Einsum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,8 @@ def dispatches(config: Config) -> list[DispatchConfig | None]:
     others = [
         kind()
         for kind in DISPATCHES
-        if kind is not type(ff.dispatch) and (lossy or kind not in _MAY_DROP)
+        # `Auto` is one of the others.
+        if kind not in (type(ff.dispatch), Auto) and (lossy or kind not in _MAY_DROP)
     ]
     return [ff.dispatch, *others]
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.parallel import rules
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.facts import Facts, Layout, Weight
@@ -77,7 +78,7 @@ def _of_experts(lay: Layout, weight: Weight) -> list[Exchange]:
         _scatter(lay, ("fsdp",), size, micro),
         Exchange(SUMS, "reduce", _COPIES, size, micro),
     ]
-    if isinstance(lay.moe.dispatch, DenseDispatch):
+    if isinstance(lay.dispatch, DenseDispatch):
         size *= lay.ways("expert")
         found.append(
             Exchange(GATHERS, "gather", ("expert",), size, uses, GATHERS_EXPOSED)
@@ -93,7 +94,7 @@ def _of_blocks(lay: Layout, weight: Weight, chip: Chip) -> list[Exchange]:
     entries /= lay.ways("tensor") if weight.part != "router" else 1
     size, times = entries * lay.width, weight.layers * lay.micro_batches
     # Forward, backward, and recomputation.
-    uses, product, found = 2 + (lay.model.remat == "full"), 0.0, []
+    uses, product, found = 2 + lay.recomputes, 0.0, []
     if lay.in_pieces:
         uses, product = uses - 1, _product_seconds(lay, entries, chip)
         found.append(Exchange(GATHERS, "gather", wide, size, times, hidden=product))
@@ -151,11 +152,12 @@ def exchanges(facts: Facts, lay: Layout, chip: Chip) -> list[Exchange]:
     sent = lay.sent * model.d_model * lay.width
     keys = 2 * lay.rows * lay.length * model.kv_heads * model.width_per_head * lay.width
     passes = micro * (2 + (model.remat != "none"))
-    both, layers = 2 * passes, model.num_layers
+    turns, layers = 2 * micro * (2 + lay.exchanges_again), model.num_layers
     keys /= lay.ways("heads")
+    kind = "gather" if isinstance(lay.dispatch, Gather) else "exchange"
     return [
         *found,
-        Exchange(TOKENS, "exchange", ("expert",), sent, both * lay.moe_layers),
-        Exchange(TENSOR, "reduce", ("tensor",), rows, both * layers),
+        Exchange(TOKENS, kind, ("expert",), sent, turns * lay.moe_layers),
+        Exchange(TENSOR, "reduce", ("tensor",), rows, 2 * passes * layers),
         Exchange(CONTEXT, "gather", ("context",), keys, passes * layers),
     ]

@@ -16,8 +16,14 @@ from moe_jax import config_json, models
 from moe_jax.config import Config, DispatchConfig
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder
-from moe_jax.moe.dispatch.buckets import Bucket, Exact, expert_capacity
+from moe_jax.moe.dispatch import auto, plan, ragged
+from moe_jax.moe.dispatch.auto import Auto
+from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.dispatch.einsum import Einsum
+from moe_jax.moe.dispatch.exact import Exact
+from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.layer import MoE
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
@@ -192,6 +198,7 @@ class Layout:
       served: rows that its experts compute, times experts.
       sent: rows that it puts into the exchange.
       width: bytes of a number in the computation.
+      dispatch: of the experts, resolved.
     """
 
     model: Decoder
@@ -205,11 +212,22 @@ class Layout:
     served: float
     sent: float
     width: int
+    dispatch: DispatchConfig | None
 
     def ways(self, *axes: str) -> int:
         """Devices over the mesh axes or those of a logical axis."""
         names = (rules.RULES.get(axis, (axis,)) for axis in axes)
         return math.prod(self.sizes[n] for group in names for n in group)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass makes a block's activations again."""
+        return self.model.remat in ("full", "full_but_exchanges")
+
+    @property
+    def exchanges_again(self) -> bool:
+        """Whether it exchanges the experts' rows again for that."""
+        return self.model.remat in ("full", "dots")
 
     @property
     def in_pieces(self) -> bool:
@@ -231,19 +249,47 @@ class Layout:
         return (self.model.num_layers - self.moe.first_dense) // self.moe.every
 
 
+def resolve(
+    dispatch: DispatchConfig, shards: int, tokens: int, top_k: float, experts: int
+) -> DispatchConfig:
+    """What `Auto` becomes on a TPU; every other dispatch as it is."""
+    if isinstance(dispatch, Auto):
+        return auto.choose("tpu", shards, tokens, top_k, experts)
+    return dispatch
+
+
 def bucket_rows(
-    dispatch: DispatchConfig, tokens: int, top_k: float, experts: int
+    dispatch: DispatchConfig, shards: int, tokens: int, top_k: float, experts: int
 ) -> tuple[float, float]:
-    """Rows computed and rows sent by a shard with this many tokens.
+    """Rows computed and rows exchanged by a shard with this many tokens.
 
     A dispatch that is not known here is taken to compute what was assigned.
+
+    Args:
+      dispatch: resolved.
+      shards: over which the experts are split.
+      tokens: of one shard.
+      top_k: K.
+      experts: E.
     """
+    mean = tokens * top_k / experts
     if isinstance(dispatch, DenseDispatch):
         return tokens * experts, 0
     if isinstance(dispatch, Bucket | Exact):
-        factor = dispatch.capacity_factor
-        rows = experts * expert_capacity(tokens, top_k, experts, factor)
+        rows = experts * plan.bucket_rows(mean, dispatch.capacity_factor, tokens)
         return rows, rows
+    if isinstance(dispatch, Einsum):
+        size = min(dispatch.group_size, tokens)
+        mean = size * top_k / experts
+        one = plan.bucket_rows(mean, dispatch.capacity_factor, size)
+        rows = -(-tokens // size) * experts * one
+        return rows, rows
+    if isinstance(dispatch, Gather):
+        factor, all_tokens = dispatch.capacity_factor, tokens * shards
+        one = plan.bucket_rows(mean * shards, factor, all_tokens)
+        return experts / shards * one, all_tokens
+    if isinstance(dispatch, Ragged):
+        return tokens * top_k, tokens * ragged.destinations(top_k, experts, shards)
     return tokens * top_k, tokens * top_k
 
 
@@ -255,12 +301,16 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
     tokens = rows * length / sizes["context"]
     moe = model.feed_forward if isinstance(model.feed_forward, MoE) else None
     served = sent = 0.0
+    dispatch = None
     if moe is not None:
-        top_k = getattr(moe.selector, "top_k", 1)
-        served, sent = bucket_rows(moe.dispatch, int(tokens), top_k, moe.num_experts)
+        top_k = moe.selector.experts_per_token(moe.num_experts, length)
+        numbers = (sizes["expert"], int(tokens), top_k, moe.num_experts)
+        dispatch = resolve(moe.dispatch, *numbers)
+        served, sent = bucket_rows(dispatch, *numbers)
     return Layout(
         model=model,
         moe=moe,
+        dispatch=dispatch,
         sizes=sizes,
         slices=slices,
         micro_batches=config.train.accumulation,

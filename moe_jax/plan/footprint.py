@@ -98,6 +98,10 @@ def kept(facts: Facts, lay: Layout) -> Memory:
     found["activations"] += stream * sum(repeats for repeats, _ in segments)
     if lay.model.remat == "dots":
         found["activations"] += _kept_by_dots(facts, lay)
+    if lay.model.remat == "full_but_exchanges":
+        # What came to the experts, and what came back.
+        sent = lay.sent * lay.model.d_model * lay.width
+        found["dispatch"] += 2 * sent * lay.moe_layers
     return found
 
 

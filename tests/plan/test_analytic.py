@@ -13,8 +13,13 @@ from moe_jax.cli import config_file
 from moe_jax.config import MeshConfig, ModelConfig, node
 from moe_jax.errors import UserError
 from moe_jax.models import decoder
-from moe_jax.moe.dispatch.buckets import Bucket, Exact, expert_capacity
+from moe_jax.moe.dispatch.auto import Auto
+from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.dispatch.einsum import Einsum
+from moe_jax.moe.dispatch.exact import Exact
+from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.nn.feedforward import Dense
 from moe_jax.parallel.mesh import AXES
 from moe_jax.plan import analytic, exchanges, facts
@@ -155,9 +160,11 @@ def test_recomputation_and_padding_are_executed(tiny):
 
 
 def test_the_token_exchange_by_hand(tiny):
+    tiny = changed(tiny, model__feed_forward__dispatch=Exact(capacity_factor=1.25))
     found = estimate(tiny, expert=4)
-    # 64 tokens a device, float32; 4 buckets; there and back, forward and backward.
-    rows = 4 * expert_capacity(64, 2, 4, 1.25)
+    # 64 tokens a device, float32; 4 buckets for 64 * 2 / 4 rows and a quarter more;
+    # there and back, forward and backward.
+    rows = 4 * 40
     payload = rows * 32 * 4
     assert found.wire["token exchange"] == 2 * 4 * payload * 3 / 4
     assert found.seconds["token exchange"] == pytest.approx(
@@ -165,6 +172,10 @@ def test_the_token_exchange_by_hand(tiny):
     )
     full = estimate(changed(tiny, model__remat="full"), expert=4)
     assert full.wire["token exchange"] == 2 * 6 * payload * 3 / 4
+    kept = estimate(changed(tiny, model__remat="full_but_exchanges"), expert=4)
+    assert kept.wire["token exchange"] == found.wire["token exchange"]
+    assert kept.wire["weight gathers"] == full.wire["weight gathers"]
+    assert kept.executed_flops == full.executed_flops
     assert estimate(tiny, fsdp=4).wire["token exchange"] == 0
 
 
@@ -191,6 +202,7 @@ def test_expert_weights_are_gathered_over_fsdp_alone(tiny):
 
 def test_micro_batches_gather_again_and_exchange_the_same(tiny):
     tiny = changed(tiny, train__batch_size=64, model__remat="full")
+    tiny.model.feed_forward.dispatch = Exact(capacity_factor=1.25)
     one, four = (
         estimate(changed(tiny, train__accumulation=n), data=2, fsdp=2, expert=2)
         for n in (1, 4)
@@ -208,10 +220,11 @@ def test_micro_batches_gather_again_and_exchange_the_same(tiny):
 
 def test_memory_grows_from_full_to_none(tiny):
     tiny = changed(tiny, train__batch_size=256, model__num_layers=8)
-    full, dots, none = (
+    full, exchanges, dots, none = (
         estimate(changed(tiny, model__remat=remat), expert=2).peak_bytes
-        for remat in ("full", "dots", "none")
+        for remat in ("full", "full_but_exchanges", "dots", "none")
     )
+    assert full < exchanges < none
     assert full < dots < none
 
 
@@ -247,10 +260,32 @@ def test_a_long_line_slows_the_exchange(tiny):
 
 
 def test_dispatches_compute_what_they_compute():
-    assert facts.bucket_rows(DenseDispatch(), 64, 2, 8) == (512, 0)
+    rows = lambda dispatch, shards=4: facts.bucket_rows(dispatch, shards, 64, 2, 8)
+    assert rows(DenseDispatch()) == (512, 0)
+    # 64 * 2 / 8 rows a bucket and half as many more.
     for kind in (Exact, Bucket):
-        rows = 8 * expert_capacity(64, 2, 8, 1.5)
-        assert facts.bucket_rows(kind(capacity_factor=1.5), 64, 2, 8) == (rows, rows)
+        assert rows(kind(capacity_factor=1.5)) == (8 * 24, 8 * 24)
+    # Two groups of 32 tokens, each with 8 buckets for 8 rows and as many more.
+    assert rows(Einsum(capacity_factor=2.0, group_size=32)) == (2 * 8 * 16,) * 2
+    # All 256 tokens come; a shard's 2 experts have buckets for 64 rows and a half more.
+    assert rows(Gather(capacity_factor=1.5)) == (2 * 96, 256)
+    # Two experts of 8 in 4 pairs: the second is elsewhere in 6 of 7 cases.
+    served, sent = rows(Ragged())
+    assert served == 128
+    assert sent == pytest.approx(64 * (1 + 6 / 7))
+
+
+def test_auto_is_what_it_becomes():
+    resolve = lambda shards: facts.resolve(Auto(), shards, 4096, 8, 64)
+    assert isinstance(resolve(4), Gather)
+    assert isinstance(resolve(32), Ragged)
+
+
+def test_a_gathering_dispatch_sends_every_token_to_all(tiny):
+    tiny = changed(tiny, model__feed_forward__dispatch=Gather())
+    found = estimate(tiny, expert=4)
+    # 64 tokens of 32 float32 to 3 others, and as many results back; twice.
+    assert found.wire["token exchange"] == 2 * 4 * 64 * 32 * 4 * 3
 
 
 def test_a_faster_chip_is_faster(tiny):

@@ -65,12 +65,10 @@ def _serve(tokens, given, axes, groups, whole, shared):
     rows, merge, emit, valid = tokens
     groups = _local(groups, valid.shape, whole)
     flat = lambda a: groups.split(a.reshape(-1, *a.shape[2:]))
-    merge_gnep, emit_gnep, valid_gn = flat(merge), flat(emit), flat(valid)
+    merge_gnep, emit_gnep = flat(merge), flat(emit)
 
     def merged(leaf):
-        leaf = flat(leaf)
-        mask = valid_gn.reshape(*valid_gn.shape, *(1,) * (leaf.ndim - 2))
-        slots = jnp.einsum("gnep,gn...->egp...", merge_gnep, jnp.where(mask, leaf, 0))
+        slots = jnp.einsum("gnep,gn...->egp...", merge_gnep, flat(leaf))
         slots = slots.reshape(slots.shape[0], -1, *leaf.shape[2:])
         return to_experts(_divided(slots, shared), axes)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,12 @@ def problems(moe):
 
 def test_the_table_names_every_selector():
     assert set(capabilities.CAPABILITIES) == set(SELECTORS)
+
+
+def test_the_methods_page_names_every_part():
+    page = (pathlib.Path(__file__).parents[2] / "docs/methods.md").read_text("utf-8")
+    for cls in (*SELECTORS, *SCORERS, *NOISES):
+        assert f"{cls.__name__}(" in page, f"no config line of {cls.__name__}"
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)

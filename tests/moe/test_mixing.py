@@ -155,6 +155,18 @@ def test_the_same_on_every_mesh(float64, case, axes_mesh, sizes):
     assert len(found[1][0].sharding.device_set) == 8
 
 
+def test_slots_that_the_sequence_shards_cannot_divide(axes_mesh):
+    """Three slots of an expert over four shards of the sequence."""
+    made = template(SoftMoE(slots_per_expert=3))
+    params = single(made)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, S, D)), jnp.float32)
+    run = jax.jit(lambda params, x: made.bind(params)(x)[0])
+    want = run(params, x)
+    with jax.set_mesh(axes_mesh(expert=2, context=4)):
+        found = run(params, x)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
 GROUP_OF_2_1 = {
     "soft": np.s_[2],
     "rows": np.s_[2:4, 1],

@@ -56,7 +56,7 @@ def unit(x: Array, axis: int) -> Array:
 
 
 class CosineScorer(nnx.Module):
-    """`logits_te = cos(x_t W, w_e) / temperature` (equation 3).
+    """`logits_te = cos(x_t W, w_e) / temperature`.
 
     The weight is the logarithm of 1 / temperature, so that it stays positive.
     """

@@ -83,7 +83,7 @@ def select(
     override: Override | None,
     key: Array | None,
 ) -> Mixing:
-    """Merge weights: a softmax over the group's tokens, one slot an expert (eq. 1-4).
+    """Merge weights: a softmax over the group's tokens, one slot an expert.
 
     Of an override, pruned experts are honoured, and shifted logits with
     emit="softmax": within a group they shift all tokens alike.

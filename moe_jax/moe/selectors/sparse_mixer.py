@@ -101,7 +101,7 @@ def select(
     """Routes each valid token to one expert D, sampled from the masked softmax p.
 
     In training the weight is p_D, or p_D / 2 with probability 1/2 where D is not the
-    best expert, and its derivative by p_D is 2 (algorithm 1 of the authors' code):
+    best expert, and its derivative by p_D is 2:
     then the expected gradient of `c_D * weight` is that of `sum_e c_e p_e^2`. In
     evaluation D is the best and the weight p_D. The probabilities for the losses are
     those of all logits. Of an override, another K is refused.

@@ -99,7 +99,7 @@ def select(
 
 
 def losses(options: TopP, routing: Routing) -> dict[str, Array]:
-    """The weighted mean over tokens of `-sum_e p log p`, in nats (section 2.3)."""
+    """The weighted mean over tokens of `-sum_e p log p`, in nats."""
     if not options.entropy_weight:
         return {}
     entropy_t = jnp.sum(entr(routing.probs_te), axis=-1)

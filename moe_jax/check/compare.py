@@ -63,8 +63,8 @@ def _near_ties(routing: Routing, tolerance: float) -> list[int]:
     last = np.min(np.where(served, choice, np.inf), axis=-1)
     first = np.max(np.where(served, -np.inf, choice), axis=-1)
     both = np.isfinite(last) & np.isfinite(first)
-    gap = np.abs(np.where(both, last - first, np.inf))
-    near = gap <= tolerance * np.maximum(np.abs(np.where(both, last, 0)), 1e-30)
+    last, first = np.where(both, last, 0), np.where(both, first, 0)
+    near = both & (np.abs(last - first) <= tolerance * np.maximum(np.abs(last), 1e-30))
     return np.sum(near & np.asarray(routing.valid_t), axis=-1).tolist()
 
 

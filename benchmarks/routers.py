@@ -39,25 +39,30 @@ def main() -> int:
     found: dict[str, list[dict]] = {name: [] for name in names}
     for seed in options.seeds:
         for name in names:
-            folder = pathlib.Path(options.folder) / f"{name}_{seed}"
+            # A run of another length is another run.
+            length = f"_{options.steps}_steps" if options.steps else ""
+            folder = pathlib.Path(options.folder) / f"{name}_{seed}{length}"
             print(f"{name}, seed {seed}: {folder}", file=sys.stderr, flush=True)
-            train(name, seed, folder, options.steps)
+            if status := train(name, seed, folder, options.steps):
+                print(f"it failed with status {status}; nothing is compared")
+                return 1
             found[name].append(figures(folder))
     print("\n".join(table(found)))
     return 0
 
 
-def train(name: str, seed: int, folder: pathlib.Path, steps: int) -> None:
-    """Runs `moe-jax train`, unless the folder holds a finished run."""
+def train(name: str, seed: int, folder: pathlib.Path, steps: int) -> int:
+    """Runs `moe-jax train`, unless the folder holds a finished run; its status."""
     if (folder / "summary.json").exists():
-        return
+        return 0
     command = [sys.executable, "-m", "moe_jax.cli.train", f"--config={CONFIG}:{name}"]
     command += [f"--workdir={folder}", f"--config.seed={seed}"]
     if steps:
         command.append(f"--config.train.steps={steps}")
+        command.append(f"--config.schedule.warmup_steps={steps // 10}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "console.txt", "a") as console:
-        subprocess.run(command, stdout=console, cwd=ROOT, check=True)
+        return subprocess.run(command, stdout=console, cwd=ROOT).returncode
 
 
 def figures(folder: pathlib.Path) -> dict[str, float]:

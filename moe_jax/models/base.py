@@ -40,6 +40,9 @@ class Model(Protocol):
     needs_step_load: bool
     expert_axes: tuple[str, ...]
 
+    def notes(self, rows: int, length: int) -> list[str]:
+        """Lines about what was chosen for B x S tokens under the current mesh."""
+
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, a nested dict of arrays."""
 

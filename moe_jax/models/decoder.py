@@ -15,6 +15,7 @@ from moe_jax.models.decoder_config import (
     segments_of,
 )
 from moe_jax.moe import balance
+from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
@@ -144,6 +145,14 @@ class DecoderModel:
                 observations[name][block],
             )
         return new
+
+    def notes(self, rows: int, length: int) -> list[str]:
+        """See `Model.notes`."""
+        ff = self.options.feed_forward
+        if not isinstance(getattr(ff, "dispatch", None), auto.Auto):
+            return []
+        top_k = ff.selector.experts_per_token(ff.num_experts, length)
+        return [auto.describe(ff.expert_axes, rows * length, top_k, ff.num_experts)]
 
     @property
     def expert_axes(self) -> tuple[str, ...]:

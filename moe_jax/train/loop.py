@@ -5,11 +5,12 @@ import os
 import time
 from typing import Any
 
+import jax
+
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.errors import UserError
-from moe_jax.moe.dispatch import auto
 from moe_jax.observe.summary import write_summary
 from moe_jax.parallel import batches, distributed
 from moe_jax.train import finale, restore, setup, workdir
@@ -104,8 +105,6 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
         begin = time.perf_counter()
         run_step = setup.compile_step(parts)
         progress.compile_seconds = time.perf_counter() - begin
-        for line in auto.choices():
-            recorder.console.note(line)
         size = config.train.batch_size
         first, count = batches.rows_of_process(parts.mesh, size)
         host_batches = data.train_batches(
@@ -158,6 +157,9 @@ def _greeting(parts: Parts, data: Any, changed: list[str], notes: list[str]):
     yield f"{distributed.describe()}; mesh {sizes or 'of one device'}"
     total, active = parts.model.count_parameters()
     yield f"model: {total:,} parameters, {active:,} of them active for a token"
+    rows = parts.config.train.batch_size // parts.config.train.accumulation
+    with jax.set_mesh(parts.mesh):
+        yield from parts.model.notes(rows, parts.config.data.sequence_length)
     yield (
         f"text: {data.bytes_in('train'):,} bytes to train on, "
         f"{data.bytes_in('validation'):,} held out"

@@ -136,16 +136,23 @@ def test_auto_chooses_by_bytes(where, shards, tokens, top_k, experts, cls):
 
 @pytest.mark.parametrize(("top_k", "chosen"), [(1, "Exact"), (6, "Gather")])
 def test_auto_says_what_it_chose(axes_mesh, monkeypatch, top_k, chosen):
-    monkeypatch.setattr(auto, "_choices", {})
+    ran = []
+    for cls, call in auto._DISPATCHES.items():
+        seen = lambda *given, cls=cls, call=call: (
+            ran.append(cls.__name__) or call(*given)
+        )
+        monkeypatch.setitem(auto._DISPATCHES, cls, seen)
     floats, _ = dispatching.drawn("plain", 8, 256, top_k)
     integers = dispatching.patterns(2048, top_k)["balanced"]
     run = functools.partial(dispatching.run, auto.Auto(), "plain", "data-expert")
     with dispatching.setting(axes_mesh, "data-expert"):
         jax.eval_shape(lambda: run(*floats, *integers, float(top_k)))
-    assert auto.choices() == [
+        line = auto.describe(dispatching.ONE, 2048, float(top_k), 8)
+    assert set(ran) == {chosen}
+    assert line == (
         f"auto dispatch: {chosen} for 256 tokens a shard, K={top_k} of 8 experts over "
         "4 shards on cpu"
-    ]
+    )
 
 
 @pytest.mark.parametrize("cls", [Bucket, Exact, Einsum, Ragged, Gather])

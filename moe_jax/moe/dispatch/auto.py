@@ -18,11 +18,16 @@ not a grouped kernel but a masked dense product. With one shard nothing is excha
 and the other is taken as it is.
 """
 
+import math
+
+import jax
+
 from moe_jax import config
 from moe_jax.moe.dispatch import exact, gather, ragged
 from moe_jax.moe.dispatch.common import Axes, LocalExperts, platform
 from moe_jax.moe.dispatch.plan import bucket_rows
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel import rules
 
 _RAGGED_COPIES = 1.25
 _DISPATCHES = {
@@ -63,13 +68,27 @@ def choose(
     return gather.Gather() if 1 < shards <= sent else other
 
 
-# Lines about the choices of this process, in their order.
-_choices: dict[str, None] = {}
+def describe(
+    expert_axes: tuple[str, ...], num_tokens: int, expected_k: float, num_experts: int
+) -> str:
+    """A line about the choice under the current mesh (`jax.set_mesh`).
 
-
-def choices() -> list[str]:
-    """What was chosen so far, a line for each kind of layer and batch."""
-    return list(_choices)
+    Args:
+      expert_axes: mesh axes over which the experts are split.
+      num_tokens: of all shards together.
+      expected_k: K.
+      num_experts: E.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sequence = rules.grouped("sequence", expert_axes)
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in expert_axes)
+    num_tokens //= rules.size(mesh, "batch") * rules.size(mesh, sequence)
+    chosen = choose(platform(), shards, num_tokens, expected_k, num_experts)
+    return (
+        f"auto dispatch: {type(chosen).__name__} for {num_tokens} tokens a shard, "
+        f"K={expected_k:g} of {num_experts} experts over {shards} shards on "
+        f"{platform()}"
+    )
 
 
 def dispatch(
@@ -84,9 +103,4 @@ def dispatch(
     chosen = choose(
         platform(), shards, num_tokens, routing.expected_k, routing.num_experts
     )
-    _choices[
-        f"auto dispatch: {type(chosen).__name__} for {num_tokens} tokens a shard, "
-        f"K={routing.expected_k:g} of {routing.num_experts} experts over {shards} "
-        f"shards on {platform()}"
-    ] = None
     return _DISPATCHES[type(chosen)](chosen, rows, routing, experts, axes)

@@ -25,7 +25,7 @@ FLOORS = [
     {"infer"},
     {"train"},
     {"infer.load"},
-    {"check", "plan"},
+    {"check", "plan", "bench"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

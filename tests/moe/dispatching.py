@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 
+from moe_jax.bench import patterns
 from moe_jax.moe import sharded
 from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
@@ -130,32 +131,14 @@ def drawn(kind, rows, length, top_k, seed=0, **shape):
     return (weights_of(kind, seed, **shape), x, weight_tk), grad
 
 
-def distinct(rng, tokens, top_k, shares, num_experts=E):
-    return np.stack(
-        [rng.choice(num_experts, top_k, False, shares) for _ in range(tokens)]
-    )
-
-
-def patterns(tokens, top_k, num_experts=E):
+def routings(tokens, top_k, num_experts=E):
     """By name: (expert_tk, valid_tk), with arbitrary entries where not valid."""
-    rng = np.random.default_rng(tokens * 10 + top_k)
-    t, k = np.arange(tokens)[:, None], np.arange(top_k)[None]
-    balanced = (t + 3 * k) % num_experts
-    every = np.ones((tokens, top_k), bool)
-    zipf = 1 / np.arange(1, num_experts + 1) ** 1.5
-    draw = functools.partial(distinct, rng, tokens, top_k, num_experts=num_experts)
-    hollow = np.array([1, num_experts - 2])[(t + k) % 2]
-    some = rng.random((tokens, top_k)) < 0.6
-    some[tokens // 8 : tokens // 2] = False  # Whole shards without work.
-    same = (3 + k) % num_experts + 0 * t
-    found = {
-        "balanced": (balanced, every),
-        "random": (draw(None), every),
-        "zipf": (draw(zipf / zipf.sum()), every),
-        "all on one": (same, every & (k == 0)),
-        "two in use": (hollow, every & (k < 2)),
-        "holes": (draw(None), some),
-        "uneven halves": (np.where(t < tokens // 2, same, balanced), every),
-        "nobody": (balanced, ~every),
-    }
-    return {n: (e.astype(np.int32), v) for n, (e, v) in found.items()}
+    sizes = patterns.Sizes(
+        tokens=tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        token_shards=8,
+        expert_shards=4,
+    )
+    seed = tokens * 10 + top_k
+    return {name: patterns.make(name, sizes, seed) for name in patterns.PATTERNS}

@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_the_oracle(
     run = dispatching.differentiated(
         dispatching.options_of(cls), kind, mesh, float(top_k)
     )
-    for pattern, integers in dispatching.patterns(8 * length, top_k).items():
+    for pattern, integers in dispatching.routings(8 * length, top_k).items():
         with dispatching.setting(axes_mesh, mesh):
             y, grads, stats = run(floats, integers, grad)
         oracle = dispatching.oracle(kind, float(top_k))
@@ -102,18 +102,18 @@ def rows_sent(expert_tk, valid_tk, shards, group):
 
 def test_the_patterns_do_what_they_are_here_for():
     """Several rounds for what is skewed, one for what is balanced."""
-    expert_tk, valid_tk = dispatching.patterns(256, 2)["all on one"]
+    expert_tk, valid_tk = dispatching.routings(256, 2)["one_expert"]
     assert set(expert_tk[valid_tk]) == {3}
     assert oracles.positions(expert_tk, valid_tk, E, 8)[1].max() == 32
     assert rows_sent(expert_tk, valid_tk, 8, 8).max() == 32
-    expert_tk, valid_tk = dispatching.patterns(256, 2)["balanced"]
+    expert_tk, valid_tk = dispatching.routings(256, 2)["balanced"]
     assert oracles.positions(expert_tk, valid_tk, E, 8)[1].max() == 8
 
 
 def test_the_oracle_itself_matches_numpy(float64):
     floats, grad = dispatching.drawn("gated", 4, 8, 3)
     weights, x, weight_tk = floats
-    for pattern, integers in dispatching.patterns(32, 3).items():
+    for pattern, integers in dispatching.routings(32, 3).items():
         y, grads, _ = dispatching.oracle("gated", 3.0)(floats, integers, grad)
         want, want_grads = oracles.mixture(
             weights, x.reshape(-1, D), integers[0], weight_tk, integers[1],
@@ -155,7 +155,7 @@ def test_what_has_no_room_is_dropped_and_counted(float64, axes_mesh, case, mesh)
     blocks = 256 // 16 if case == "groups" else shards
     capacity = oracles.capacity(256 // blocks, 2, E, 1.0)
     order = np.argsort(-floats[2].reshape(-1)) if case == "weight" else range(512)
-    for pattern, (expert_tk, valid_tk) in dispatching.patterns(256, 2).items():
+    for pattern, (expert_tk, valid_tk) in dispatching.routings(256, 2).items():
         with dispatching.setting(axes_mesh, mesh):
             y, grads, stats = run(floats, (expert_tk, valid_tk), grad)
         keep_tk = valid_tk & (ranks(expert_tk, valid_tk, order, blocks) < capacity)
@@ -169,7 +169,7 @@ def test_what_has_no_room_is_dropped_and_counted(float64, axes_mesh, case, mesh)
         jax.tree.map(close, (y, grads), want)
         assert stats.dropped == (valid_tk & ~keep_tk).sum()
         assert stats.capacity == capacity
-        if pattern == "all on one":
+        if pattern == "one_expert":
             assert stats.dropped == 256 - blocks * capacity > 0
 
 
@@ -181,8 +181,8 @@ def test_single_precision(float64, axes_mesh, cls):
         dispatching.options_of(cls), "gated", "data-expert", 2.0
     )
     single = lambda tree: jax.tree.map(np.float32, tree)
-    for pattern in ("random", "all on one"):
-        integers = dispatching.patterns(256, 2)[pattern]
+    for pattern in ("uniform", "one_expert"):
+        integers = dispatching.routings(256, 2)[pattern]
         with dispatching.setting(axes_mesh, "data-expert"):
             found = run(single(floats), integers, single(grad))[:2]
         want = dispatching.oracle("gated", 2.0)(floats, integers, grad)[:2]
@@ -204,7 +204,7 @@ def test_many_choices_of_which_few_are_valid(float64, axes_mesh, cls):
     """Expert choice and top-p: K as large as E, two experts a token in the mean."""
     shape = dict(num_experts=MANY)
     floats, grad = dispatching.drawn("gated", 8, 8, MANY, **shape)
-    expert_tk = dispatching.patterns(64, MANY, MANY)["random"][0]
+    expert_tk = dispatching.routings(64, MANY, MANY)["uniform"][0]
     rng = np.random.default_rng(5)
     valid_tk = rng.random((64, MANY)) < 2 / MANY
     valid_tk[7] = True  # One token takes all,

@@ -143,7 +143,7 @@ def test_auto_says_what_it_chose(axes_mesh, monkeypatch, top_k, chosen):
         )
         monkeypatch.setitem(auto._DISPATCHES, cls, seen)
     floats, _ = dispatching.drawn("plain", 8, 256, top_k)
-    integers = dispatching.patterns(2048, top_k)["balanced"]
+    integers = dispatching.routings(2048, top_k)["balanced"]
     run = functools.partial(dispatching.run, auto.Auto(), "plain", "data-expert")
     with dispatching.setting(axes_mesh, "data-expert"):
         jax.eval_shape(lambda: run(*floats, *integers, float(top_k)))

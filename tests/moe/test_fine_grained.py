@@ -32,7 +32,7 @@ def test_all_parts_of_an_expert_are_the_expert(float64):
     """An expert is the sum of its parts: hidden units in groups."""
     parts, top_k = 3, 2
     (weights, x, weight_tk), _ = dispatching.drawn("gated", 2, 8, top_k)
-    expert_tk, valid_tk = dispatching.patterns(16, top_k)["holes"]
+    expert_tk, valid_tk = dispatching.routings(16, top_k)["holes"]
     dense = functools.partial(dispatching.run, DenseDispatch(), "gated", "alone")
     whole, _ = dense(weights, x, weight_tk, expert_tk, valid_tk, 2.0)
     e, d, f = weights["w_up"].shape

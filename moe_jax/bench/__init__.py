@@ -1,0 +1,1 @@
+"""What `moe-jax bench` measures: parts of the trainer by themselves."""

@@ -11,13 +11,11 @@ replayed, and all must agree to 1e-5. Exits with 1 where something differs.
 """
 
 import dataclasses
-import json
 import math
 
 from absl import flags
 
 from moe_jax.cli import common
-from moe_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 _DEFAULT_MESHES = ("expert=4,data=2", "expert=2,fsdp=2,tensor=2")
@@ -27,16 +25,16 @@ def define_flags() -> None:
     common.define_config()
     flags.DEFINE_multi_string("mesh", list(_DEFAULT_MESHES), "A mesh; may be repeated.")
     flags.DEFINE_bool("shrink", False, "Check a smaller model of the same kind.")
-    flags.DEFINE_string("json", "", "File for the figures.")
+    common.define_json()
 
 
 def main() -> int:
     config = common.load_config()
+    common.check_json()
     meshes = {text: common.parse_mesh(text) for text in FLAGS.mesh}
     import jax
 
     from moe_jax.check import run
-    from moe_jax.observe.writers import jsonable, write_atomically
 
     jax.config.update("jax_platforms", "cpu")
     wanted = max(mesh.fixed_devices() for mesh in meshes.values())
@@ -44,12 +42,7 @@ def main() -> int:
     results = run.check(run.prepare(config, meshes, FLAGS.shrink), meshes)
     for result in results:
         print("\n".join(_lines(result)), flush=True)
-    if FLAGS.json:
-        rows = [_row(result) for result in results]
-        try:
-            write_atomically(FLAGS.json, json.dumps(jsonable(rows), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json={FLAGS.json} cannot be written: {error}") from None
+    common.write_json([_row(result) for result in results])
     failed = sum(not result.passed for result in results)
     checked = f"{len(meshes)} mesh{'es' * (len(meshes) > 1)} in float32 and float64"
     print(f"FAILED: {failed} of {len(results)}" if failed else f"passed: {checked}")

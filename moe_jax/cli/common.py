@@ -13,6 +13,7 @@ of the user, 1 with a stack trace for anything else, 130 after Ctrl-C.
 """
 
 import dataclasses
+import json
 import os
 import sys
 import traceback
@@ -65,6 +66,37 @@ def define_workdir() -> None:
     flags.DEFINE_string(
         "mesh", "", "Mesh to use, as expert=2,tensor=2; default: that of the run."
     )
+
+
+def define_json() -> None:
+    """Defines `--json`, for `check_json` and `write_json`."""
+    flags.DEFINE_string("json", "", "File for the figures.")
+
+
+def check_json() -> None:
+    """Before minutes of work: can the file of `--json` be written?
+
+    Raises:
+      UserError: it cannot.
+    """
+    folder = os.path.dirname(os.path.abspath(FLAGS.json))
+    if FLAGS.json and (os.path.isdir(FLAGS.json) or not os.access(folder, os.W_OK)):
+        raise UserError(
+            f"--json={FLAGS.json} cannot be written: name a file in a folder that "
+            "exists and may be written to"
+        )
+
+
+def write_json(figures: Any) -> None:
+    """Writes figures to the file of `--json`, if one is named."""
+    if not FLAGS.json:
+        return
+    from moe_jax.observe.writers import jsonable, write_atomically
+
+    try:
+        write_atomically(FLAGS.json, json.dumps(jsonable(figures), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json={FLAGS.json} cannot be written: {error}") from None
 
 
 def read_workdir_config() -> Config:

@@ -15,8 +15,6 @@ lines to paste. Exits with 1 where the step does not fit.
 """
 
 import dataclasses
-import json
-import os
 
 from absl import flags
 
@@ -31,7 +29,7 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", "", "KIND:SHAPE, as v5p:4x4x4; cpu:8: the host.")
     flags.DEFINE_integer("slices", 1, "Slices of that topology.", 1)
     flags.DEFINE_string("dump-hlo", "", "New folder for the compiler's files.")
-    flags.DEFINE_string("json", "", "File for the figures.")
+    common.define_json()
     flags.DEFINE_bool("quick", False, "Leave out machine code: seconds, not minutes.")
     flags.DEFINE_float(
         "loop_passes", 0.0, "Passes assumed of loops that depend on data.", 0.0
@@ -47,7 +45,7 @@ def main() -> int:
         from moe_jax.plan import topology
 
         raise UserError(f"--topology is missing: {topology.describe_names()}")
-    _check_json()
+    common.check_json()
     if FLAGS.search:
         return _search(config)
     for name in ("compile_best", "workers"):
@@ -68,30 +66,9 @@ def main() -> int:
         quick=FLAGS.quick,
     )
     print("\n".join(text.lines(plan)), flush=True)
-    _write_json(plan.to_json())
+    common.write_json(plan.to_json())
     status = 1 if plan.fits is False else 0
     return program.leave(status) if FLAGS.quick else status
-
-
-def _check_json() -> None:
-    """Before minutes of compilation: can the file be written?"""
-    folder = os.path.dirname(os.path.abspath(FLAGS.json))
-    if FLAGS.json and (os.path.isdir(FLAGS.json) or not os.access(folder, os.W_OK)):
-        raise UserError(
-            f"--json={FLAGS.json} cannot be written: name a file in a folder that "
-            "exists and may be written to"
-        )
-
-
-def _write_json(figures) -> None:
-    if not FLAGS.json:
-        return
-    from moe_jax.observe.writers import jsonable, write_atomically
-
-    try:
-        write_atomically(FLAGS.json, json.dumps(jsonable(figures), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--json={FLAGS.json} cannot be written: {error}") from None
 
 
 def _search(config) -> int:
@@ -109,7 +86,7 @@ def _search(config) -> int:
         on_plan=lambda point: print(f"compiled {point.candidate.settings}", flush=True),
     )
     print("\n".join(search.lines(found)), flush=True)
-    _write_json([_row(point) for point in found.points])
+    common.write_json([_row(point) for point in found.points])
     return 0 if found.winner else 1
 
 

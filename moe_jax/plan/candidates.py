@@ -12,15 +12,11 @@ from collections.abc import Iterator
 from moe_jax.config import Config, DispatchConfig, MeshConfig, validate
 from moe_jax.errors import UserError
 from moe_jax.models.decoder_config import REMAT_POLICIES
-from moe_jax.moe.dispatch import DISPATCHES
+from moe_jax.moe.dispatch import DISPATCHES, MAY_DROP
 from moe_jax.moe.dispatch.auto import Auto
-from moe_jax.moe.dispatch.bucket import Bucket
-from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.layer import MoE
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
-
-_MAY_DROP = (Bucket, Einsum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +110,12 @@ def dispatches(config: Config) -> list[DispatchConfig | None]:
     ff = config.model.feed_forward
     if not isinstance(ff, MoE):
         return [None]
-    lossy = isinstance(ff.dispatch, _MAY_DROP)
+    lossy = isinstance(ff.dispatch, MAY_DROP)
     others = [
         kind()
         for kind in DISPATCHES
         # `Auto` is one of the others.
-        if kind not in (type(ff.dispatch), Auto) and (lossy or kind not in _MAY_DROP)
+        if kind not in (type(ff.dispatch), Auto) and (lossy or kind not in MAY_DROP)
     ]
     return [ff.dispatch, *others]
 

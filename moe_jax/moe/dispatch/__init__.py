@@ -4,7 +4,7 @@ Each is `(options, rows, routing, experts, axes) -> (y_td, DispatchStats)`, a pu
 function of one shard's tokens inside `jax.shard_map` (or of all tokens where `axes`
 is empty). It is the only home of the collectives of the MoE layer.
 
-All give the same result where nothing is dropped; `Bucket` and `Einsum` may drop, and
+All give the same result where nothing is dropped; those in `MAY_DROP` may drop, and
 count it.
 """
 
@@ -19,3 +19,5 @@ DISPATCHES = {
     gather.Gather: gather.dispatch,
     auto.Auto: auto.dispatch,
 }
+
+MAY_DROP = (bucket.Bucket, einsum.Einsum)

@@ -45,7 +45,7 @@ def test_every_command_has_help_with_an_example():
 
     for name in COMMANDS:
         result = subprocess.run(
-            [sys.executable, "-m", f"moe_jax.cli.{name}", "--help"],
+            [sys.executable, "-m", f"moe_jax.cli.{name.replace(' ', '.')}", "--help"],
             capture_output=True,
             text=True,
             check=True,

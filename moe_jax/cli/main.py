@@ -1,6 +1,7 @@
 """`moe-jax NAME ...`: finds the command and runs it.
 
-`python -m moe_jax.cli.NAME ...` does the same.
+`python -m moe_jax.cli.NAME ...` does the same; of a command of two words the second
+stands behind a dot.
 """
 
 import importlib
@@ -16,15 +17,19 @@ COMMANDS = {
     "generate": "write text from a checkpoint",
     "plan": "say what a step needs and costs on devices that are not there",
     "check": "show that this config gives the same numbers on every mesh",
+    "bench skew": "compare the dispatches under routings from even to one expert",
 }
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {does}" for name, does in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """The help text; with a group, of the commands of two words that begin so."""
+    shown = [name for name in COMMANDS if not group or name.split()[0] == group]
+    width = max(map(len, shown))
+    lines = [f"  {name:<{width}}  {COMMANDS[name]}" for name in shown]
     return "\n".join(
         [
-            "usage: moe-jax COMMAND [--flag=value ...]",
+            f"usage: moe-jax {f'{group} NAME' if group else 'COMMAND'} "
+            "[--flag=value ...]",
             "",
             "Trains Mixture-of-Experts models in JAX.",
             "",
@@ -40,16 +45,20 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command that argv names; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        print(usage(), file=sys.stderr)
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    group = argv[0] if argv and argv[0] in groups else ""
+    rest = argv[1:] if group else argv
+    if not rest:
+        print(usage(group), file=sys.stderr)
         return 2
-    name, rest = argv[0], argv[1:]
+    name, rest = rest[0], rest[1:]
     if name in ("-h", "--help", "help"):
-        print(usage())
+        print(usage(group))
         return 0
-    if name == "--version":
+    if name == "--version" and not group:
         print(f"moe_jax {moe_jax.__version__}")
         return 0
+    name = f"{group} {name}".strip()
     if name not in COMMANDS:
         print(
             f"moe-jax: error: {name!r} is not a command{nearest(name, COMMANDS)} "
@@ -57,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    command = importlib.import_module(f"moe_jax.cli.{name}")
+    command = importlib.import_module(f"moe_jax.cli.{name.replace(' ', '.')}")
     from moe_jax.cli import common
 
     return common.execute(command.main, command.define_flags, rest, name)

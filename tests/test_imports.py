@@ -17,6 +17,7 @@ FLOORS = [
     {"config"},
     {"config_json"},
     {"parallel"},
+    {"kernels"},
     {"nn"},
     {"moe"},
     {"models"},

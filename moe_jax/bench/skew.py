@@ -18,9 +18,9 @@ from moe_jax.bench.layer import Layer
 from moe_jax.config import DispatchConfig, MeshConfig
 from moe_jax.moe.dispatch import MAY_DROP
 from moe_jax.moe.dispatch.auto import Auto, choose
-from moe_jax.moe.dispatch.common import platform
 from moe_jax.parallel import mesh as mesh_lib
 from moe_jax.parallel import rules
+from moe_jax.parallel.mesh import platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,3 +57,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
         AXES,
         axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
     )
+
+
+def platform() -> str:
+    """The platform that the program is traced for: "cpu", "gpu" or "tpu".
+
+    A mesh knows its devices, also where they are absent; without one it is the
+    default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = device.platform if device else jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)

@@ -285,9 +285,7 @@ def bucket_rows(
         rows = -(-tokens // size) * experts * one
         return rows, rows
     if isinstance(dispatch, Gather):
-        factor, all_tokens = dispatch.capacity_factor, tokens * shards
-        one = plan.bucket_rows(mean * shards, factor, all_tokens)
-        return experts / shards * one, all_tokens
+        return tokens * top_k, tokens * shards
     if isinstance(dispatch, Ragged):
         return tokens * top_k, tokens * ragged.destinations(top_k, experts, shards)
     return tokens * top_k, tokens * top_k

@@ -9,7 +9,7 @@ import oracles
 import pytest
 from dispatching import FACTORS, KINDS, MESHES, D, E
 
-from moe_jax.moe.dispatch import DISPATCHES
+from moe_jax.moe.dispatch import DISPATCHES, local, plan
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
@@ -43,10 +43,33 @@ def name(value):
 def test_outputs_and_gradients_are_those_of_the_oracle(
     float64, axes_mesh, cls, mesh, kind, top_k, length
 ):
+    equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, length)
+
+
+@pytest.mark.parametrize("cls", [Gather, Ragged], ids=name)
+@pytest.mark.parametrize(
+    ("mesh", "kind", "top_k"),
+    [
+        ("alone", "bias", 3),
+        ("data-expert", "gated", 2),
+        ("expert and tensor", "plain-bias", 1),
+    ],
+)
+def test_lists_equal_the_oracle(
+    float64, axes_mesh, monkeypatch, cls, mesh, kind, top_k
+):
+    """The layout of TPUs, with XLA's grouped matmul in place of the kernel."""
+    monkeypatch.setattr(local, "uses_lists", lambda: True)
+    # As small as buckets are, so that there are several rounds.
+    monkeypatch.setattr(plan, "_LIST_MULTIPLE", 8)
+    equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, 32, in_lists=True)
+
+
+def equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, length, in_lists=False):
+    """Under every pattern: output, gradients, counts."""
     floats, grad = dispatching.drawn(kind, 8, length, top_k)
-    run = dispatching.differentiated(
-        dispatching.options_of(cls), kind, mesh, float(top_k)
-    )
+    options = dispatching.options_of(cls)
+    run = dispatching.differentiated(options, kind, mesh, float(top_k))
     for pattern, integers in dispatching.routings(8 * length, top_k).items():
         with dispatching.setting(axes_mesh, mesh):
             y, grads, stats = run(floats, integers, grad)
@@ -61,10 +84,10 @@ def test_outputs_and_gradients_are_those_of_the_oracle(
         )
         assert stats.assignments == integers[1].sum()
         assert stats.dropped == 0
-        check_statistics(cls, mesh, stats, *integers)
+        check_statistics(cls, mesh, stats, *integers, in_lists)
 
 
-def check_statistics(cls, mesh, stats, expert_tk, valid_tk):
+def check_statistics(cls, mesh, stats, expert_tk, valid_tk, in_lists=False):
     """Fullest bucket and rounds, counted by numpy, where shards hold whole rows."""
     if cls not in FACTORS or mesh not in ("alone", "expert", "data-expert"):
         return
@@ -72,17 +95,21 @@ def check_statistics(cls, mesh, stats, expert_tk, valid_tk):
     group = MESHES[mesh][0].get("expert", 1)
     tokens, top_k = len(expert_tk), expert_tk.shape[1]
     _, counts_se = oracles.positions(expert_tk, valid_tk, E, shards)
-    if cls is Gather:
+    alone = cls is Ragged and group == 1
+    if cls is Gather or alone:
         counts = counts_se.reshape(shards // group, group, E).sum(axis=1)
+        if in_lists:
+            counts = counts.reshape(-1, group, E // group).sum(axis=2)
     elif cls is Ragged:
         counts = rows_sent(expert_tk, valid_tk, shards, group)
     else:
         counts = counts_se
     assert stats.peak_fill == counts.max()
-    if cls in (Exact, Gather):
+    if cls in (Exact, Gather) or (alone and not in_lists):
         held = tokens // shards * (group if cls is Gather else 1)
-        capacity = oracles.capacity(held, top_k, E, FACTORS[cls])
-        assert stats.capacity == capacity
+        if not in_lists:
+            capacity = oracles.capacity(held, top_k, E, FACTORS[cls])
+            assert stats.capacity == capacity
     capacity = int(stats.capacity)
     later = min(capacity, (-(-capacity // 4) + 7) // 8 * 8)
     needed = 1 + max(0, -(-(counts.max() - capacity) // later))
@@ -91,8 +118,6 @@ def check_statistics(cls, mesh, stats, expert_tk, valid_tk):
 
 def rows_sent(expert_tk, valid_tk, shards, group):
     """Rows from each shard to each of its group: one a token and destination."""
-    if group == 1:
-        return np.array([valid_tk.sum()])
     sent = np.zeros((shards, group), int)
     for t, (experts, valid) in enumerate(zip(expert_tk, valid_tk, strict=True)):
         for target in {e // (E // group) for e in experts[valid]}:

@@ -38,14 +38,18 @@ def test_batched_and_ragged_rows_match_a_loop(float64, activation, gated, bias):
             np.testing.assert_allclose(batched[e, c], want, rtol=1e-10, atol=1e-12)
     sizes = np.array([4, 0, 3], np.int32)
     beyond = np.full((2, D), 1e9)  # Rows of nobody.
-    ragged = experts.rows(
-        weights, {"features": np.concatenate([x[0], x[2], beyond])}, sizes
-    )
+    together = {"features": np.concatenate([x[0], x[2], beyond])}
+    ragged = experts.rows(weights, together, sizes)
+    scale = rng.normal(size=len(ragged))
+    scaled = experts.rows(weights, together, sizes, scale)
     owners = [0] * 4 + [2] * 3
     rows = [*x[0], *x[2]]
     for row, e in enumerate(owners):
         want = oracles.expert(weights, e, rows[row], activation)
         np.testing.assert_allclose(ragged[row], want, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            scaled[row], scale[row] * want, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_ragged_gradients_of_a_bias_are_sums_over_its_rows(float64):

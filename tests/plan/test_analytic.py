@@ -267,8 +267,8 @@ def test_dispatches_compute_what_they_compute():
         assert rows(kind(capacity_factor=1.5)) == (8 * 24, 8 * 24)
     # Two groups of 32 tokens, each with 8 buckets for 8 rows and as many more.
     assert rows(Einsum(capacity_factor=2.0, group_size=32)) == (2 * 8 * 16,) * 2
-    # All 256 tokens come; a shard's 2 experts have buckets for 64 rows and a half more.
-    assert rows(Gather(capacity_factor=1.5)) == (2 * 96, 256)
+    # All 256 tokens come, with 64 * 2 choices of a shard's experts.
+    assert rows(Gather(capacity_factor=1.5)) == (128, 256)
     # Two experts of 8 in 4 pairs: the second is elsewhere in 6 of 7 cases.
     served, sent = rows(Ragged())
     assert served == 128

@@ -12,9 +12,8 @@ D, over the n shards of the expert group, with n' the shards that a token visits
 
 `Gather` is taken where it sends no more than the other. That bounds its buffers too:
 they grow with n, and n is then below K times the padding. The other is `Ragged` on
-TPUs, where grouped matmuls and `ragged_all_to_all` are fast (its 1.25 stands for the
-copies around that exchange), and `Exact` elsewhere: on CPUs and GPUs `ragged_dot` is
-not a grouped kernel but a masked dense product. With one shard nothing is exchanged
+TPUs, where grouped matmuls and `ragged_all_to_all` are at hand (1.25 stands for the
+copies around that exchange), and `Exact` elsewhere. With one shard nothing is exchanged
 and the other is taken as it is.
 """
 
@@ -24,10 +23,11 @@ import jax
 
 from moe_jax import config
 from moe_jax.moe.dispatch import exact, gather, ragged
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, platform
+from moe_jax.moe.dispatch.common import Axes, LocalExperts
 from moe_jax.moe.dispatch.plan import bucket_rows
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.parallel import rules
+from moe_jax.parallel.mesh import platform
 
 _RAGGED_COPIES = 1.25
 _DISPATCHES = {

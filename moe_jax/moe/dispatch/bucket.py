@@ -3,16 +3,11 @@
 import jax.numpy as jnp
 
 from moe_jax import config
-from moe_jax.moe.dispatch.common import (
-    Axes,
-    LocalExperts,
-    mean_fill,
-    statistics,
-    vary,
-)
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, mean_fill, statistics
 from moe_jax.moe.dispatch.plan import bucket_rows, capacity_problems, make_plan
 from moe_jax.moe.dispatch.rounds import serve_buckets
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.varying import vary
 
 _DROPS = ("position", "weight")
 
@@ -57,7 +52,7 @@ def dispatch(
         routing.weight_tk if options.drop == "weight" else None,
     )
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    y_td = serve_buckets(experts.run, axes, 0, inputs, plan)
+    y_td = serve_buckets(experts.run, axes, (0, capacity), inputs, plan)
     dropped = jnp.sum(jnp.maximum(plan.counts_e - capacity, 0))
     return y_td, statistics(
         routing,

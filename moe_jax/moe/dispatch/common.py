@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.varying import vary
 from moe_jax.tree import struct
 
 EXCHANGED = "moe_exchanged"
@@ -48,43 +49,12 @@ class LocalExperts:
     Attributes:
       weights: pytree, each with a leading e.
       run: `(weights, rows (e, C, ...), None) -> (e, C, D)`, and with group sizes (e,)
-        `(weights, rows (R, ...), sizes) -> (R, D)`; rows beyond the sum of the sizes
-        belong to nobody.
+        `(weights, rows (R, ...), sizes, scale (R,)) -> (R, D)`, where the scale
+        multiplies the results and rows beyond the sum of the sizes belong to nobody.
     """
 
     weights: PyTree
     run: Callable[..., Array]
-
-
-def platform() -> str:
-    """The platform that the program is traced for: "cpu", "gpu" or "tpu".
-
-    A mesh knows its devices, also where they are absent; without one it is the
-    default backend.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    found = device.platform if device else jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
-
-
-def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Marks arrays as differing over mesh axes; the derivative sums over them.
-
-    Done once outside of loops and custom derivatives, it keeps the sums over
-    replicas that the reverse pass needs out of them.
-    """
-
-    def mark(leaf):
-        varying = jax.typeof(leaf).manual_axis_type.varying
-        missing = tuple(a for a in axes if a not in varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(mark, x)
-
-
-def vary_like(x: PyTree, other: Array) -> PyTree:
-    """Marks arrays as differing over the axes over which `other` does."""
-    return vary(x, tuple(jax.typeof(other).manual_axis_type.varying))
 
 
 def total(x: Array, axes: tuple[str, ...]) -> Array:

@@ -24,16 +24,18 @@ from moe_jax.moe.dispatch.common import (
     largest,
     mean_fill,
     statistics,
-    vary,
 )
 from moe_jax.moe.dispatch.plan import (
+    Plan,
     bucket_rows,
     capacity_problems,
     make_plan,
     rounds_needed,
+    window,
 )
 from moe_jax.moe.dispatch.rounds import in_rounds, serve_buckets
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.varying import vary
 
 
 @config.node
@@ -66,8 +68,8 @@ def dispatch(
     fullest = largest(jnp.max(plan.counts_e), axes.tokens)
     rounds = rounds_needed(fullest, capacity)
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    serve = functools.partial(serve_buckets, experts.run, axes)
-    y_td = in_rounds(serve, inputs, plan, rounds)
+    step = functools.partial(_step, experts.run, axes)
+    y_td = in_rounds(step, inputs, plan, rounds)
     return y_td, statistics(
         routing,
         axes,
@@ -76,3 +78,7 @@ def dispatch(
         capacity=capacity,
         mean=mean,
     )
+
+
+def _step(run, axes: Axes, index, inputs, plan: Plan) -> Array:
+    return serve_buckets(run, axes, window(index, plan.capacity), inputs, plan)

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.common import exchanged, platform, vary_like
+from moe_jax.moe.dispatch.common import exchanged
 from moe_jax.moe.routing import Array
+from moe_jax.parallel.mesh import platform
+from moe_jax.parallel.varying import vary_like
 
 
 def ragged_all_to_all(

@@ -1,7 +1,7 @@
 """All tokens of the expert group on each of its shards; results are summed back.
 
 Rows are gathered over the expert axes (all_gather), each shard puts those that chose
-its experts into local buckets, and the weighted outputs are summed and split again
+its experts in order (`local`), and the weighted outputs are summed and split again
 (psum_scatter). Further rounds are local: no collective stands in their loop, and no
 shard waits for another's imbalance but at the end.
 
@@ -13,12 +13,11 @@ In the worst case, all n T tokens of a group on one expert, there are
 `1 + ceil((n T - C) / (C / 4))` local rounds, with C about n T K / E.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax import config
+from moe_jax.moe.dispatch import local
 from moe_jax.moe.dispatch.common import (
     Axes,
     LocalExperts,
@@ -26,17 +25,11 @@ from moe_jax.moe.dispatch.common import (
     largest,
     mean_fill,
     statistics,
-    vary,
 )
 from moe_jax.moe.dispatch.permute import valid_first
-from moe_jax.moe.dispatch.plan import (
-    bucket_rows,
-    capacity_problems,
-    make_plan,
-    rounds_needed,
-)
-from moe_jax.moe.dispatch.rounds import in_rounds, serve_buckets
+from moe_jax.moe.dispatch.plan import capacity_problems
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.varying import vary
 
 
 @config.node
@@ -65,7 +58,7 @@ def dispatch(
     """Local rounds on gathered tokens; see `DISPATCHES`."""
     shards = axes.expert_shards()
     num_local = routing.num_experts // shards
-    mean = mean_fill(routing) * shards
+    served = mean_fill(routing) * routing.num_experts
     rows, weight_tk, weights = vary(
         (rows, routing.weight_tk, experts.weights), axes.every
     )
@@ -81,11 +74,10 @@ def dispatch(
     expert_tk, weight_tk, valid_tk = valid_first(
         expert_tk, weight_tk, valid_tk, num_local
     )
-    capacity = bucket_rows(mean, options.capacity_factor, expert_tk.shape[0])
-    plan = make_plan(expert_tk, valid_tk, num_local, capacity)
-    rounds = rounds_needed(jnp.max(plan.counts_e), capacity)
-    serve = functools.partial(serve_buckets, experts.run, Axes())
-    y_td = in_rounds(serve, (rows, weight_tk, weights), plan, rounds)
+    here = local.make_local(
+        expert_tk, valid_tk, num_local, served, options.capacity_factor
+    )
+    y_td = local.serve(experts.run, (rows, weight_tk, weights), here)
     if axes.expert:
         with jax.named_scope("combine"):
             y_td = jax.lax.psum_scatter(y_td, axes.expert, tiled=True)
@@ -93,10 +85,10 @@ def dispatch(
     return y_td, statistics(
         routing,
         axes,
-        rounds=largest(rounds, axes.tokens),
-        counts=plan.counts_e,
-        capacity=capacity,
-        mean=mean,
+        rounds=largest(here.rounds, axes.tokens),
+        counts=here.counts,
+        capacity=here.plan.capacity,
+        mean=local.mean_rows(served, num_local),
     )
 
 

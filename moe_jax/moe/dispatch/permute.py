@@ -1,16 +1,21 @@
 """Carrying rows into slots and back; every derivative is a gather, none scatters."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.common import vary_like
+from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.dispatch.plan import Round
 from moe_jax.moe.routing import Array
+from moe_jax.parallel.varying import vary_like
 
 # Up to here the K slots of a token are summed by K gathers without a loop,
 _MOST_UNROLLED = 16
 # of which so many (T, D) are in memory at a time.
 _AT_ONCE = 4
+# Tokens of a group where the slots of a list are summed.
+_TOKENS = 128
 
 
 def take_rows(x: Array, index: Array, keep: Array) -> Array:
@@ -33,6 +38,8 @@ def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> A
         shape = weight_t.shape + (1,) * (rows.ndim - 1)
         return rows * weight_t.reshape(shape).astype(rows.dtype)
 
+    if turn.order_s is not None and x_sd.ndim == 2 and weight_tk is None:
+        return _sum_of_list(x_sd, turn)
     slot_tk, served_tk = turn.slot_tk, turn.served_tk
     top_k = slot_tk.shape[1]
     if top_k <= _MOST_UNROLLED:
@@ -61,14 +68,36 @@ def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> A
     return jax.lax.fori_loop(0, most, body, vary_like(zeros, x_sd))
 
 
+def _sum_of_list(x_sd: Array, turn: Round) -> Array:
+    """The same, unweighted, for the slots of a list: each row is read once.
+
+    Rows are put in the order of their tokens. A tile of tokens is a group of a grouped
+    matmul; the matrix that sums its rows has a one at (row, token of the row).
+    """
+    num_tokens, top_k = turn.slot_tk.shape
+    tile = math.gcd(num_tokens, _TOKENS)
+    entry_s, filled_s = (
+        jnp.take(a, turn.order_s, mode="clip") for a in (turn.entry_s, turn.filled_s)
+    )
+    here_st = (entry_s // top_k % tile)[:, None] == jnp.arange(tile, dtype=jnp.int32)
+    ones_st = (here_st & filled_s[:, None]).astype(x_sd.dtype)
+    sizes = jnp.sum(turn.served_tk.reshape(-1, tile * top_k), axis=1, dtype=jnp.int32)
+    rows_sd = jnp.take(x_sd, turn.order_s, axis=0, mode="clip")
+    sums = grouped_matmul.transposed_matmul(ones_st, rows_sd, sizes)
+    return sums.reshape(num_tokens, -1)
+
+
 @jax.custom_vjp
 def fill(rows_td: Array, turn: Round) -> Array:
     """(T, ...) -> (slots, ...): the rows of the tokens that fill the slots.
 
-    The derivative is `collect`.
+    Empty slots are zero in buckets, and hold anything in lists. The derivative is
+    `collect`.
     """
-    top_k = turn.slot_tk.shape[1]
-    return take_rows(rows_td, turn.entry_s // top_k, turn.filled_s)
+    token_s = turn.entry_s // turn.slot_tk.shape[1]
+    if turn.order_s is not None:  # A grouped matmul leaves out the rows of nobody.
+        return jnp.take(rows_td, token_s, axis=0, mode="clip")
+    return take_rows(rows_td, token_s, turn.filled_s)
 
 
 @jax.custom_vjp
@@ -84,6 +113,18 @@ fill.defvjp(
 collect.defvjp(
     lambda out_sd, turn: (collect(out_sd, turn), turn),
     lambda turn, grad_td: (fill(grad_td, turn), None),
+)
+
+
+@jax.custom_vjp
+def fill_weights(weight_tk: Array, turn: Round) -> Array:
+    """(T, K) -> (slots,): the weights of the assignments that fill the slots."""
+    return jnp.take(weight_tk.reshape(-1), turn.entry_s, mode="clip")
+
+
+fill_weights.defvjp(
+    lambda weight_tk, turn: (fill_weights(weight_tk, turn), turn),
+    lambda turn, grad_s: (take_rows(grad_s, turn.slot_tk, turn.served_tk), None),
 )
 
 
@@ -104,7 +145,7 @@ def _combine_forward(out_sd, weight_tk, turn):
 def _combine_reverse(saved, grad_td):
     out_sd, weight_tk, turn = saved
     grad_sd = fill(grad_td, turn)
-    weight_s = jnp.take(weight_tk.reshape(-1), turn.entry_s)
+    weight_s = fill_weights(weight_tk, turn)
     wide = lambda a: a.astype(weight_tk.dtype)
     grad_weight_s = jnp.sum(wide(out_sd) * wide(grad_sd), axis=-1)
     grad_weight_tk = take_rows(grad_weight_s, turn.slot_tk, turn.served_tk)

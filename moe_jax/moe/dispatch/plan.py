@@ -18,6 +18,8 @@ from moe_jax.tree import struct
 _ROW_MULTIPLE = 8
 # Rows of a later round: this part of the first one's.
 _LATER_PART = 4
+# Of the rows of a list: tiles of 128, and a later round's too.
+_LIST_MULTIPLE = 128 * _LATER_PART
 # Deviations above the mean that a buffer has room for.
 _DEVIATIONS = 5.0
 
@@ -53,6 +55,16 @@ def bucket_rows(mean: float, factor: float, most: int) -> int:
     """
     wanted = factor * mean if factor else needed_rows(mean)
     return min(most, max(_ROW_MULTIPLE, _round_up(wanted)))
+
+
+def list_rows(mean: float, factor: float, most: int) -> int:
+    """Rows of a list of all experts at hand, by the rule of `bucket_rows`.
+
+    Rounded up to whole tiles of a grouped matmul, in later rounds too; a matmul leaves
+    out the tiles that hold nothing.
+    """
+    rows = bucket_rows(mean, factor, most)
+    return min(most, -(-rows // _LIST_MULTIPLE) * _LIST_MULTIPLE)
 
 
 def later_rows(capacity: int) -> int:
@@ -106,12 +118,15 @@ class Round:
       filled_s: (slots,) bool.
       slot_tk: (T, K) int32, the slot of an assignment.
       served_tk: (T, K) bool, whether this round serves it.
+      order_s: (slots,) int32, the slots by their tokens, the empty ones last; None
+        where slots are not a list.
     """
 
     entry_s: Array
     filled_s: Array
     slot_tk: Array
     served_tk: Array
+    order_s: Array | None = None
 
 
 def make_plan(
@@ -178,10 +193,14 @@ def list_round(plan: Plan, first: Array | int, capacity: int) -> tuple[Round, Ar
     served_tk = plan.valid_tk & (local_tk >= 0) & (local_tk < capacity)
     inside = lambda place_e: jnp.clip(place_e, first, first + capacity)
     sizes_e = inside(plan.starts_e + plan.counts_e) - inside(plan.starts_e)
+    entry_s = jnp.take(plan.order_n, place_s, mode="clip")
+    filled_s = place_s < jnp.sum(plan.counts_e)
+    last = jnp.iinfo(jnp.int32).max
     turn = Round(
-        entry_s=jnp.take(plan.order_n, place_s, mode="clip"),
-        filled_s=place_s < jnp.sum(plan.counts_e),
+        entry_s=entry_s,
+        filled_s=filled_s,
         slot_tk=jnp.where(served_tk, local_tk, 0),
         served_tk=served_tk,
+        order_s=jnp.argsort(jnp.where(filled_s, entry_s, last)).astype(jnp.int32),
     )
     return turn, sizes_e

@@ -1,19 +1,18 @@
-"""Rows cross once per destination shard, as many as there are; grouped matmuls.
+"""Rows cross once per destination shard, as many as there are, for the experts there.
 
 A token that chose several experts of one shard is sent there once, with its choices
 and weights beside it, and the shard sends back one row, the weighted sum over its
 experts: with 8 of 64 experts on 4 shards 3.6 rows a token cross, and not 8. Rows are
 sorted by destination; `ragged_all_to_all` moves those that are there and no padding.
-On the shard they are sorted by expert and go through one grouped matmul
-(`jax.lax.ragged_dot`).
+On the shard they are served as `local` lays them out.
 
 All buffers are bounded. A round of exchange serves a window of C rows of each pair
 (source, destination), so that sizes are clipped alike on both sides; pairs average
 over the experts of a shard, so C lies close to the mean. Within an exchange the rows
-for the local experts are served in a list of bounded length, in local rounds. At worst
-(all tokens to one shard, and there to one expert) there are
-`1 + ceil((T - C) / (C / 4))` exchanges with C about T n' / n where a token has n'
-destinations of n, and each has about n T / (T K) local rounds.
+for the local experts are served in local rounds. At worst (all tokens to one shard,
+and there to one expert) there are `1 + ceil((T - C) / (C / 4))` exchanges with C about
+T n' / n where a token has n' destinations of n, and each has about n T / (T K) local
+rounds.
 """
 
 import functools
@@ -22,39 +21,27 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config
-from moe_jax.moe.dispatch import exchange
-from moe_jax.moe.dispatch.common import (
-    Axes,
-    LocalExperts,
-    largest,
-    statistics,
-    vary,
-)
-from moe_jax.moe.dispatch.permute import collect, combine, fill, valid_first
+from moe_jax.moe.dispatch import exchange, local
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, largest, statistics
+from moe_jax.moe.dispatch.permute import collect, fill, valid_first
 from moe_jax.moe.dispatch.plan import (
     Plan,
     bucket_round,
     bucket_rows,
     capacity_problems,
-    later_rows,
-    list_round,
     make_plan,
-    needed_rows,
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_loop, in_rounds
+from moe_jax.moe.dispatch.rounds import in_rounds
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.varying import vary
 from moe_jax.tree import struct
-
-# Of the list of local assignments: rows over the mean. It holds all experts of a
-# shard, so chance moves it little, but a trained router's preferences do.
-_LOCAL_FACTOR = 1.25
 
 
 @config.node
 class Ragged(config.DispatchConfig):
-    """Deduplicated rows, ragged exchange, grouped matmul; nothing is dropped.
+    """Deduplicated rows and a ragged exchange; nothing is dropped.
 
     Attributes:
       capacity_factor: rows per (source, destination) in the first round over the mean
@@ -109,11 +96,10 @@ def dispatch(
     """Exchanges of deduplicated rows, each served by local rounds; see `DISPATCHES`."""
     num_tokens, shards = routing.expert_tk.shape[0], axes.expert_shards()
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    mean = num_tokens * routing.expected_k
     # A shard serves as many as it sends: the group's tokens are n T, its experts E / n.
-    local_rows = _list_rows(mean, options.capacity_factor)
+    served = num_tokens * routing.expected_k
     if not axes.expert:
-        return _alone(local_rows, mean, inputs, routing, experts, axes)
+        return _alone(options.capacity_factor, served, inputs, routing, experts, axes)
     mean = num_tokens / shards
     mean *= destinations(routing.expected_k, routing.num_experts, shards)
     capacity = bucket_rows(mean, options.capacity_factor, num_tokens)
@@ -121,7 +107,8 @@ def dispatch(
     fullest = largest(jnp.max(pairs.plan.counts_e), axes.tokens)
     rounds = rounds_needed(fullest, capacity)
     num_local = routing.num_experts // shards
-    step = functools.partial(_exchange, experts.run, axes, num_local, local_rows)
+    size_of = (served, options.capacity_factor)
+    step = functools.partial(_exchange, experts.run, axes, num_local, size_of)
     return in_rounds(step, inputs, pairs, rounds), statistics(
         routing,
         axes,
@@ -132,31 +119,17 @@ def dispatch(
     )
 
 
-def _list_rows(mean: float, factor: float) -> int:
-    factor = factor or max(_LOCAL_FACTOR, needed_rows(mean) / max(mean, 1.0))
-    return bucket_rows(mean, factor, most=2**31)
-
-
-def _alone(local_rows, mean, inputs, routing, experts, axes):
-    """All experts are here: grouped matmuls and no exchange."""
-    valid_tk = routing.valid_tk
-    y_td = _serve_local(
-        experts.run,
-        local_rows,
-        inputs,
-        routing.expert_tk,
-        valid_tk,
-        routing.num_experts,
-    )
-    count = jnp.sum(valid_tk, dtype=jnp.int32)
-    rounds = rounds_needed(count, local_rows)
-    return y_td, statistics(
+def _alone(factor, mean, inputs, routing, experts, axes):
+    """All experts are here, and nothing is exchanged."""
+    choices = (routing.expert_tk, routing.valid_tk, routing.num_experts)
+    here = local.make_local(*choices, mean, factor)
+    return local.serve(experts.run, inputs, here), statistics(
         routing,
         axes,
-        rounds=largest(rounds, axes.tokens),
-        counts=count,
-        capacity=local_rows,
-        mean=mean,
+        rounds=largest(here.rounds, axes.tokens),
+        counts=here.counts,
+        capacity=here.plan.capacity,
+        mean=local.mean_rows(mean, routing.num_experts),
     )
 
 
@@ -183,7 +156,7 @@ def _make_pairs(routing: Assignments, shards: int, capacity: int, axes: Axes) ->
     )
 
 
-def _exchange(run, axes, num_local, local_rows, index, inputs, pairs) -> Array:
+def _exchange(run, axes, num_local, size_of, index, inputs, pairs) -> Array:
     """One round of exchange: (T, D), zero for what it does not serve."""
     rows, weight_tk, weights = inputs
     first, size = window(index, pairs.plan.capacity)
@@ -203,44 +176,9 @@ def _exchange(run, axes, num_local, local_rows, index, inputs, pairs) -> Array:
         expert_rk, weight_rk, valid_rk = valid_first(
             jnp.where(valid_rk, expert_rk, 0), weight_rk, valid_rk, num_local
         )
-    serve = _serve_local if isinstance(index, int) else _serve_local_later
-    local = (rows, weight_rk, weights)
-    y_rd = serve(run, local_rows, local, expert_rk, valid_rk, num_local)
+    here = local.make_local(expert_rk, valid_rk, num_local, *size_of)
+    serve = local.serve if isinstance(index, int) else local.serve_later
+    y_rd = serve(run, (rows, weight_rk, weights), here)
     with jax.named_scope("combine"):
         back_sd = exchange.swap(axes.expert, y_rd, received_n, sent_n)
         return collect(back_sd, turn)
-
-
-def _serve_local(run, list_rows, inputs, expert_rk, valid_rk, num_local) -> Array:
-    """Local rounds over rows that are here: `y_r = sum_k weight_rk f(x_r)`, (R, D)."""
-    list_rows = min(list_rows, expert_rk.size)
-    plan = make_plan(expert_rk, valid_rk, num_local, list_rows)
-    rounds = rounds_needed(jnp.sum(plan.counts_e), list_rows)
-    return in_rounds(functools.partial(_serve_list, run), inputs, plan, rounds)
-
-
-def _serve_local_later(run, list_rows, inputs, expert_rk, valid_rk, num_local):
-    """The same within a later exchange: all in one loop, in smaller rounds."""
-    size = min(later_rows(list_rows), expert_rk.size)
-    plan = make_plan(expert_rk, valid_rk, num_local, size)
-    rounds = -(-jnp.sum(plan.counts_e) // size)
-
-    def step(index, inputs, plan):
-        return _serve_window(run, index * size, size, inputs, plan)
-
-    return in_loop(step, inputs, plan, rounds)
-
-
-def _serve_list(run, index, inputs, plan: Plan) -> Array:
-    return _serve_window(run, *window(index, plan.capacity), inputs, plan)
-
-
-def _serve_window(run, first, size, inputs, plan: Plan) -> Array:
-    rows, weight_rk, weights = inputs
-    turn, sizes_e = list_round(plan, first, size)
-    with jax.named_scope("dispatch"):
-        sent = jax.tree.map(lambda leaf: fill(leaf, turn), rows)
-    with jax.named_scope("experts"):
-        out = run(weights, sent, sizes_e)
-    with jax.named_scope("combine"):
-        return combine(out, weight_rk, turn)

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.dispatch.common import Axes, from_experts, to_experts, vary_like
+from moe_jax.moe.dispatch.common import Axes, from_experts, to_experts
 from moe_jax.moe.dispatch.permute import combine, fill
-from moe_jax.moe.dispatch.plan import Plan, bucket_round, window
+from moe_jax.moe.dispatch.plan import Plan, bucket_round
 from moe_jax.moe.routing import Array, PyTree
+from moe_jax.parallel.varying import vary_like
 
 # (index, inputs, plan) -> (T, D): what round `index` adds.
 Step = Callable[[Any, PyTree, PyTree], Array]
@@ -98,19 +99,23 @@ in_loop.defvjp(
 
 
 def serve_buckets(
-    run: Callable[..., Array], axes: Axes, index: Array | int, inputs, plan: Plan
+    run: Callable[..., Array],
+    axes: Axes,
+    span: tuple[Array | int, int],
+    inputs,
+    plan: Plan,
 ) -> Array:
     """One round of padded buckets: (T, D), zero for what it does not serve.
 
     Args:
       run: the experts.
       axes: over whose expert axes the buckets are exchanged; none: they stay.
-      index: of the round.
+      span: first position of each bucket that is served, and their number.
       inputs: (rows (T, ...), weight_tk, weights of the experts).
       plan: of buckets, one an expert.
     """
     rows, weight_tk, weights = inputs
-    first, capacity = window(index, plan.capacity)
+    first, capacity = span
     turn = bucket_round(plan, first, capacity)
     num_experts = plan.counts_e.shape[0]
 

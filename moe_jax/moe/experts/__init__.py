@@ -7,9 +7,10 @@ rngs)`. Its weights are stacked on a leading E with the logical axis "expert".
 - `before(rows)`: once per token, ahead of the dispatch (may narrow the row);
 - `output_biases`: names of the weights that are added to an expert's output, which
   where its width is split must happen on one shard only;
-- `rows(weights, rows, group_sizes)`: static; `rows["features"]` is (e, C, D) without
-  group sizes, or (R, D) with `group_sizes` (e,): the first R_0 rows belong to expert
-  0, and so on, and those beyond the last group to nobody;
+- `rows(weights, rows, group_sizes, scale)`: static; `rows["features"]` is (e, C, D)
+  without group sizes, or (R, D) with `group_sizes` (e,): the first R_0 rows belong to
+  expert 0, and so on, and those beyond the last group to nobody; `scale` (R,), if it
+  is there, multiplies the results;
 - `after(y)`: once per token, behind the combination.
 """
 

@@ -2,11 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
+from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.routing import Array, PyTree
 from moe_jax.nn import feedforward, module
 
@@ -46,17 +46,30 @@ def _of_groups(b_ey: Array, group_sizes: Array, count: int) -> Array:
 
 
 def _linear(
-    rows: Array, weights: dict[str, Array], name: str, group_sizes: Array | None
+    rows: Array,
+    weights: dict[str, Array],
+    name: str,
+    group_sizes: Array | None,
+    scale: Array | None = None,
 ) -> Array:
-    """`x W + b` with the weights `w_name` and, where there is one, `b_name`."""
+    """`x W + b` with the weights `w_name` and, where there is one, `b_name`.
+
+    With a scale (R,), of which x has its part: `x W + scale b`.
+    """
     w, b = weights[f"w_{name}"].astype(rows.dtype), weights.get(f"b_{name}")
     if group_sizes is None:
         out = jnp.einsum("ecx,exy->ecy", rows, w)
         return out if b is None else out + b[:, None, :].astype(rows.dtype)
-    out = jax.lax.ragged_dot(rows, w, group_sizes)
+    out = grouped_matmul.matmul(rows, w, group_sizes)
     if b is None:
         return out
-    return out + _of_groups(b.astype(rows.dtype), group_sizes, rows.shape[0])
+    bias = _of_groups(b.astype(rows.dtype), group_sizes, rows.shape[0])
+    if scale is not None:
+        bias = bias * scale[:, None].astype(bias.dtype)
+    out = out + bias
+    # What lies in rows of nobody may be infinite, and would reach the gradient of b.
+    held_r = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(held_r[:, None], out, 0)
 
 
 class FeedForwardExperts(nnx.Module):
@@ -116,11 +129,14 @@ class FeedForwardExperts(nnx.Module):
         weights: dict[str, Array],
         rows: PyTree,
         group_sizes: Array | None = None,
+        scale: Array | None = None,
     ) -> Array:
         """(e, C, D) -> (e, C, D), or (R, D) -> (R, D) with group sizes (e,).
 
-        With F split over `tensor` the result is this shard's part of a sum. What
-        comes out for rows beyond the groups means nothing.
+        A scale (R,) multiplies the results of the rows; it is applied to what the last
+        matrix meets, so that for its gradient no result need be kept. With F split
+        over `tensor` the result is this shard's part of a sum. What comes out for rows
+        beyond the groups means nothing.
         """
         x = rows["features"]
         hidden = _linear(x, weights, "up", group_sizes)
@@ -128,7 +144,9 @@ class FeedForwardExperts(nnx.Module):
             hidden = self.act(_linear(x, weights, "gate", group_sizes)) * hidden
         else:
             hidden = self.act(hidden)
-        return _linear(hidden, weights, "down", group_sizes)
+        if scale is not None:
+            hidden = hidden * scale[:, None].astype(hidden.dtype)
+        return _linear(hidden, weights, "down", group_sizes, scale)
 
     def after(self, y: Array) -> Array:
         """The combined output as it is."""

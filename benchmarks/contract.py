@@ -32,12 +32,13 @@ def main() -> int:
         parser.error(f"no such config: {sorted(unknown)}; there are {NAMES}")
     if options.update != bool(options.why):
         parser.error('--update needs --why="the reason", and --why needs --update')
-    broken = 0
+    broken = False
     for name in names:
         found = _costs(name)
-        broken += (
-            _record(name, found, options.why) if options.why else _hold(name, found)
-        )
+        if options.why:
+            _record(name, found, options.why)
+        else:
+            broken |= _hold(name, found)
     return 1 if broken else 0
 
 

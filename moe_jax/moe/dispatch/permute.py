@@ -76,11 +76,9 @@ def _sum_of_list(x_sd: Array, turn: Round) -> Array:
     """
     num_tokens, top_k = turn.slot_tk.shape
     tile = math.gcd(num_tokens, _TOKENS)
-    entry_s, filled_s = (
-        jnp.take(a, turn.order_s, mode="clip") for a in (turn.entry_s, turn.filled_s)
-    )
+    entry_s = jnp.take(turn.entry_s, turn.order_s, mode="clip")
     here_st = (entry_s // top_k % tile)[:, None] == jnp.arange(tile, dtype=jnp.int32)
-    ones_st = (here_st & filled_s[:, None]).astype(x_sd.dtype)
+    ones_st = here_st.astype(x_sd.dtype)
     sizes = jnp.sum(turn.served_tk.reshape(-1, tile * top_k), axis=1, dtype=jnp.int32)
     rows_sd = jnp.take(x_sd, turn.order_s, axis=0, mode="clip")
     sums = grouped_matmul.transposed_matmul(ones_st, rows_sd, sizes)

@@ -40,6 +40,12 @@ class ModelConfig(Node):
         return 1
 
 
+class AttentionConfig(Node):
+    """Base of the attentions (`nn/attention/`)."""
+
+    __slots__ = ()
+
+
 class FeedForwardConfig(Node):
     """Base of a block's feed-forward: dense or MoE."""
 

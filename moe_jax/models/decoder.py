@@ -19,8 +19,8 @@ from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
-from moe_jax.nn import attention, embedding, feedforward, module, norms
-from moe_jax.nn.attention import KVCache
+from moe_jax.nn import embedding, feedforward, module, norms
+from moe_jax.nn.attention.layer import Attention, KVCache
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
@@ -35,11 +35,12 @@ class Block(nnx.Module):
         norm = dict(eps=options.norm_eps, dtype=options.param_dtype, rngs=rngs)
         self.is_moe = is_moe
         self.attention_norm = norms.RMSNorm(options.d_model, **norm)
-        self.attention = attention.Attention(
+        self.attention = Attention(
             options.d_model,
             options.num_heads,
             options.kv_heads,
             options.width_per_head,
+            options.attention,
             qk_norm=options.qk_norm,
             rope_theta=options.rope_theta,
             norm_eps=options.norm_eps,

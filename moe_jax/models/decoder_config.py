@@ -9,6 +9,7 @@ from moe_jax import config
 from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
+from moe_jax.nn.attention.scores import Scores
 
 REMAT_POLICIES = {
     "none": None,
@@ -29,6 +30,7 @@ class Decoder(config.ModelConfig):
       num_heads: query heads.
       num_kv_heads: key and value heads; 0: as many as query heads.
       head_dim: 0: d_model / num_heads.
+      attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks.
       qk_norm: RMS-normalise queries and keys per head.
       rope_theta: base of the rotary wavelengths.
@@ -49,6 +51,7 @@ class Decoder(config.ModelConfig):
     num_heads: int = 4
     num_kv_heads: int = 0
     head_dim: int = 0
+    attention: config.AttentionConfig = dataclasses.field(default_factory=Scores)
     feed_forward: config.FeedForwardConfig = dataclasses.field(default_factory=MoE)
     qk_norm: bool = False
     rope_theta: float = 10000.0

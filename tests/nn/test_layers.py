@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.nn import attention, feedforward, module, norms, rope
+from moe_jax.nn import feedforward, module, norms, rope
+from moe_jax.nn.attention import scores
+from moe_jax.nn.attention.layer import Attention
 
 
 def sigmoid(x):
@@ -90,11 +92,12 @@ def attention_by_hand(weights, x, qk_norm):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_matches_a_loop(float64, qk_norm):
     """Grouped queries, packed documents, causal."""
-    layer = attention.Attention(
+    layer = Attention(
         D,
         H,
         G,
         W,
+        scores.Scores(),
         qk_norm=qk_norm,
         rope_theta=100.0,
         norm_eps=1e-5,
@@ -121,7 +124,7 @@ def test_attention_matches_a_loop(float64, qk_norm):
 def test_a_query_that_sees_nothing_gives_a_finite_mean():
     v = jnp.arange(6.0).reshape(1, 3, 1, 2)
     q = jnp.ones((1, 1, 1, 2))
-    out = attention.attend(q, v, v, jnp.zeros((1, 1, 3), bool))
+    out = scores.masked(q, v, v, jnp.zeros((1, 1, 3), bool))
     np.testing.assert_allclose(out.ravel(), [2.0, 3.0], rtol=1e-6)
 
 

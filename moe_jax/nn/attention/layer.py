@@ -1,10 +1,12 @@
-"""Grouped-query causal self-attention (Ainslie et al. 2023) with packed documents."""
+"""The attention layer: projections, rotary positions, and one of `ATTENTIONS`."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import config
 from moe_jax.nn import module, norms, rope
+from moe_jax.nn.attention import scores, sharded
 from moe_jax.parallel import rules
 from moe_jax.tree import struct
 
@@ -22,42 +24,6 @@ class KVCache:
     values: jax.Array
 
 
-def attention_mask(
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-) -> jax.Array:
-    """(B, S, M) bool: same document and not later. Shapes (B, S) and (B, M)."""
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return same & (query_positions[:, :, None] >= key_positions[:, None, :])
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention with H query heads on Hkv key heads.
-
-    Args:
-      q: (B, S, H, Dh); k, v: (B, M, Hkv, Dh) with H a multiple of Hkv.
-      k: keys.
-      v: values.
-      mask: (B, S, M) bool; a row without any True gives a uniform mean.
-
-    Returns:
-      (B, S, H, Dh) in the type of q.
-    """
-    batch, length, heads, width = q.shape
-    groups = k.shape[2]
-    dtype = module.accumulation_dtype(q.dtype)
-    q = q.reshape(batch, length, groups, heads // groups, width)
-    logits = jnp.einsum("bsgrh,bmgh->bgrsm", q, k, preferred_element_type=dtype)
-    logits = logits * (width**-0.5)
-    # A finite number: a row of -inf (padding) would give NaN.
-    logits = jnp.where(mask[:, None, None], logits, -0.7 * jnp.finfo(dtype).max)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bgrsm,bmgh->bsgrh", weights, v)
-    return mixed.reshape(batch, length, heads, width)
-
-
 class Attention(nnx.Module):
     """Self-attention with rotary positions and optional QK-norm.
 
@@ -66,6 +32,7 @@ class Attention(nnx.Module):
       num_heads: H.
       num_kv_heads: Hkv, divides H.
       head_dim: Dh, even.
+      options: of one of `ATTENTIONS`.
       qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020).
       rope_theta: base of the rotary wavelengths.
       norm_eps: of the QK-norm.
@@ -81,6 +48,7 @@ class Attention(nnx.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        options: config.AttentionConfig,
         *,
         qk_norm: bool,
         rope_theta: float,
@@ -90,6 +58,7 @@ class Attention(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
+        self.options = options
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
         heads = ("embed", "heads", None)
@@ -134,18 +103,18 @@ class Attention(nnx.Module):
         v = jnp.einsum("bsd,dhk->bshk", x, self.w_v[...].astype(x.dtype))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rope.rotate(q, positions, self.rope_theta)
+        # Scaled before it is rounded: a kernel takes only what is scaled.
+        q = rope.rotate(q, positions, self.rope_theta, scale=q.shape[-1] ** -0.5)
         k = rope.rotate(k, positions, self.rope_theta)
         q = rules.constrain(q, "batch", "sequence", "heads", None)
         if cache is None:
-            mask = attention_mask(positions, positions, segments, segments)
+            mixed = sharded.run(self.options, q, k, v, segments)
         else:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
             cache = KVCache(keys=k, values=v)
             # A cache holds one document per row, from position 0 on.
             places = jnp.arange(k.shape[1], dtype=jnp.int32)
-            mask = positions[:, :, None] >= places[None, None, :]
-        mixed = attend(q, k, v, mask)
+            mixed = scores.masked(q, k, v, positions[:, :, None] >= places)
         out = jnp.einsum("bshk,hkd->bsd", mixed, self.w_o[...].astype(x.dtype))
         return out, cache

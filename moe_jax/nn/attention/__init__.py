@@ -1,0 +1,19 @@
+"""Attentions: causal within the documents of a row, with grouped queries.
+
+Each is `(options, q, k, v, segments) -> mixed`, on one shard:
+
+| argument | shape | |
+|---|---|---|
+| q | (B, S, H, Dh) | the shard's queries, already divided by sqrt(Dh) |
+| k, v | (B, M, Hkv, Dh) | of the whole row; query head h reads kv head h Hkv / H |
+| segments | `Segments` | who sees whom |
+| mixed | (B, S, H, Dh) | in the type of q; scores and softmax are float32 or wider |
+
+All give the same result. Grouped queries are those of Ainslie et al. 2023.
+"""
+
+from moe_jax.nn.attention import scores
+
+ATTENTIONS = {
+    scores.Scores: scores.attend,
+}

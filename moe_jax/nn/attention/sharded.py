@@ -1,0 +1,64 @@
+"""Attention on a mesh: rows over the batch axes, heads over `tensor`, S over `context`.
+
+Without a mesh (`jax.set_mesh`) the same code runs on the rows at hand.
+"""
+
+import jax
+
+from moe_jax import config
+from moe_jax.nn.attention import ATTENTIONS
+from moe_jax.nn.attention.common import Segments
+from moe_jax.parallel import rules
+
+_HEADS = ("batch", "sequence", "heads", None)
+_PLACES = ("batch", "sequence")
+
+
+def run(
+    options: config.AttentionConfig,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    """Attends within rows.
+
+    Where `context` splits the sequence, keys and values of the whole row are gathered
+    (few heads, with grouped queries; the derivative is a reduce-scatter), and each
+    shard attends with its own queries.
+
+    Args:
+      options: of one of `ATTENTIONS`.
+      q: (B, S, H, Dh), scaled.
+      k: (B, S, Hkv, Dh).
+      v: (B, S, Hkv, Dh).
+      segments: (B, S) int32, document of each position.
+
+    Returns:
+      (B, S, H, Dh) in the type of q.
+    """
+    attend = ATTENTIONS[type(options)]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        both = Segments(queries=segments, keys=segments)
+        return attend(options, q, k, v, both)
+    split = rules.size(mesh, "sequence") > 1
+    names = rules.mesh_axes("sequence")
+
+    def whole(x):
+        return jax.lax.all_gather(x, names, axis=1, tiled=True) if split else x
+
+    def local(q, k, v, segments):
+        first = jax.lax.axis_index(names) * q.shape[1] if split else 0
+        of = Segments(queries=segments, keys=whole(segments), first=first)
+        return attend(options, q, whole(k), whole(v), of)
+
+    heads, places = rules.spec(_HEADS), rules.spec(_PLACES)
+    return jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, places),
+        out_specs=heads,
+        # Kernels do not say over which axes their results differ. Nothing that has a
+        # derivative is replicated here, so there is nothing to check.
+        check_vma=False,
+    )(q, k, v, segments)

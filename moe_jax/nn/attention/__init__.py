@@ -9,11 +9,13 @@ Each is `(options, q, k, v, segments) -> mixed`, on one shard:
 | segments | `Segments` | who sees whom |
 | mixed | (B, S, H, Dh) | in the type of q; scores and softmax are float32 or wider |
 
-All give the same result. Grouped queries are those of Ainslie et al. 2023.
+All give the same result. `Scores` is the formula, the others avoid its array of all
+scores (B, H, S, M). Grouped queries are those of Ainslie et al. 2023.
 """
 
-from moe_jax.nn.attention import scores
+from moe_jax.nn.attention import blocked, scores
 
 ATTENTIONS = {
     scores.Scores: scores.attend,
+    blocked.Blocked: blocked.attend,
 }

@@ -1,0 +1,227 @@
+"""Attention block by block: no array of all scores, on every platform.
+
+FlashAttention (Dao et al. 2022, arXiv:2205.14135) in plain JAX. A block of queries
+passes over blocks of keys with the running maximum and sum of its softmax. The
+derivative has the output and the log-sum-exp of each query's scores, and computes a
+block's scores again (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2).
+
+A block of queries leaves out the blocks of keys that come later than all of it, and
+those before the first that shares a document with it: the loop's bounds are data.
+
+Inside, queries of all heads that share a kv head are rows of one matrix: arrays are
+(n, B, Hkv, t, Dh) with n blocks of t rows, for queries H / Hkv * block of them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax import config
+from moe_jax.nn.attention.common import ATTENDED, Segments, masked_out, score_dtype
+from moe_jax.tree import struct
+
+
+@config.node
+class Blocked(config.AttentionConfig):
+    """Softmax over blocks of keys; memory grows with the length, not its square.
+
+    Attributes:
+      block: queries, and keys, taken at a time. The default suits the caches of CPUs.
+    """
+
+    block: int = 64
+
+    def problems(self, path, root):
+        if self.block < 1:
+            yield f"{path}.block={self.block}: must be at least 1"
+
+
+def attend(
+    options: Blocked, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+) -> jax.Array:
+    """See `ATTENTIONS`. It has a first derivative only, in reverse mode."""
+    return _attend(options.block, q, k, v, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block, q, k, v, segments):
+    return _forward(block, q, k, v, segments)[0]
+
+
+def _attend_forward(block, q, k, v, segments):
+    out, log_sums = _forward(block, q, k, v, segments)
+    return out, (q, k, v, segments, out, log_sums)
+
+
+def _attend_backward(block, kept, d_out):
+    return *_backward(block, *kept, d_out), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@struct(static=("size", "repeats"))
+class _Rows:
+    """How queries or keys are cut into blocks.
+
+    Attributes:
+      segments: (n, B, t) document of each row.
+      places: (n, t) place of each row in the text.
+      size: positions in a block; t = repeats * size.
+      repeats: query heads per kv head; 1 for keys.
+    """
+
+    segments: jax.Array
+    places: jax.Array
+    size: int
+    repeats: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """(B, S, N, Dh) -> (n, B, Hkv, t, Dh); the last block is filled with zeros."""
+        x = _filled(x, self.size)
+        batch, length, heads, width = x.shape
+        groups, blocks = heads // self.repeats, length // self.size
+        x = x.reshape(batch, blocks, self.size, groups, self.repeats, width)
+        x = x.transpose(1, 0, 3, 4, 2, 5)
+        return x.reshape(blocks, batch, groups, self.repeats * self.size, width)
+
+    def join(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse: (n, B, Hkv, t, Dh) to the shape and type of `like`."""
+        count, batch, groups, _, width = blocks.shape
+        x = blocks.reshape(count, batch, groups, self.repeats, self.size, width)
+        x = x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, *like.shape[2:])
+        return x[:, : like.shape[1]].astype(like.dtype)
+
+
+def _filled(x: jax.Array, size: int) -> jax.Array:
+    missing = -x.shape[1] % size
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _rows(segments: jax.Array, first: Any, block: int, repeats: int) -> _Rows:
+    """Rows from the documents (B, S), the first of which has the place `first`."""
+    size = min(block, segments.shape[1])
+    segments = _filled(segments, size)
+    batch, length = segments.shape
+    places = first + jnp.arange(length, dtype=jnp.int32).reshape(-1, size)
+    segments = segments.reshape(batch, -1, size).swapaxes(0, 1)
+    return _Rows(
+        segments=jnp.tile(segments, (1, 1, repeats)),
+        places=jnp.tile(places, (1, repeats)),
+        size=size,
+        repeats=repeats,
+    )
+
+
+def _both_rows(block, q, k, segments: Segments) -> tuple[_Rows, _Rows]:
+    repeats = q.shape[2] // k.shape[2]
+    queries = _rows(segments.queries, segments.first, block, repeats)
+    # A key that only fills its block comes later than every query.
+    return queries, _rows(segments.keys, 0, block, 1)
+
+
+def _bounds(queries: _Rows, keys: _Rows) -> tuple[jax.Array, jax.Array]:
+    """First key block, and the one after the last, for each query block; both (n,)."""
+    low = lambda rows: jnp.min(rows.segments, axis=-1)
+    high = lambda rows: jnp.max(rows.segments, axis=-1)
+    meet = low(keys)[None] <= high(queries)[:, None]
+    meet &= high(keys)[None] >= low(queries)[:, None]
+    not_later = keys.places[:, 0] <= queries.places[:, -1:]
+    # There is a True in each row: no block is without a query, and it sees itself.
+    seen = not_later & jnp.any(meet, axis=-1)
+    last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
+    return jnp.argmax(seen, axis=1), last
+
+
+def _at(blocks: Any, index: jax.Array) -> Any:
+    pick = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+    return jax.tree.map(pick, blocks)
+
+
+def _added(blocks: jax.Array, index: jax.Array, more: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(blocks, _at(blocks, index) + more, index, 0)
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    dtype = score_dtype(b)
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+
+
+def _scores(q: jax.Array, query: Any, k: jax.Array, key: Any) -> jax.Array:
+    """(B, Hkv, t, u) of one block each; rows are (segments (B, t), places (t,))."""
+    scores = _product("bgtd,bgud->bgtu", q, k)
+    seen = query[0][:, :, None] == key[0][:, None, :]
+    seen &= query[1][:, None] >= key[1]
+    return jnp.where(seen[:, None], scores, masked_out(scores.dtype))
+
+
+def _forward(block, q, k, v, segments: Segments) -> tuple[jax.Array, jax.Array]:
+    """(B, S, H, Dh), and the log-sum-exp of each query's scores (n, B, Hkv, t)."""
+    queries, keys = _both_rows(block, q, k, segments)
+    all_keys = keys.cut(k), keys.cut(v), (keys.segments, keys.places)
+
+    def one(_, given):
+        q, query, first, last = given
+
+        def step(j, state):
+            out, top, total = state
+            k, v, key = _at(all_keys, j)
+            scores = _scores(q, query, k, key)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            mixed = _product("bgtu,bgud->bgtd", weights.astype(v.dtype), v)
+            return out * shrink[..., None] + mixed, new_top, total
+
+        zeros = jnp.zeros_like(q, score_dtype(q))
+        top = jnp.full_like(zeros[..., 0], masked_out(zeros.dtype))
+        state = zeros, top, zeros[..., 0]
+        out, top, total = lax.fori_loop(first, last, step, state)
+        out = (out / total[..., None]).astype(q.dtype)
+        return None, (out, top + jnp.log(total))
+
+    rows = queries.segments, queries.places
+    given = queries.cut(q), rows, *_bounds(queries, keys)
+    _, (out, log_sums) = lax.scan(one, None, given)
+    out = checkpoint_name(queries.join(out, q), ATTENDED)
+    return out, checkpoint_name(log_sums, ATTENDED)
+
+
+def _backward(block, q, k, v, segments, out, log_sums, d_out):
+    """Gradients of q, k and v; those of keys and values are added up over queries."""
+    queries, keys = _both_rows(block, q, k, segments)
+    all_keys = keys.cut(k), keys.cut(v), (keys.segments, keys.places)
+    wide = score_dtype(q)
+    # The derivative of the softmax takes its mean from each row.
+    mean = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
+
+    def one(sums, given):
+        q, d_out, log_sum, mean, query, first, last = given
+
+        def step(j, state):
+            d_q, d_k, d_v = state
+            k, v, key = _at(all_keys, j)
+            weights = jnp.exp(_scores(q, query, k, key) - log_sum[..., None])
+            d_weights = _product("bgtd,bgud->bgtu", d_out, v)
+            d_scores = (weights * (d_weights - mean)).astype(q.dtype)
+            weights = weights.astype(v.dtype)
+            d_q = d_q + _product("bgtu,bgud->bgtd", d_scores, k)
+            d_k = _added(d_k, j, _product("bgtu,bgtd->bgud", d_scores, q))
+            d_v = _added(d_v, j, _product("bgtu,bgtd->bgud", weights, d_out))
+            return d_q, d_k, d_v
+
+        state = jnp.zeros_like(q, wide), *sums
+        d_q, *sums = lax.fori_loop(first, last, step, state)
+        return tuple(sums), d_q.astype(q.dtype)
+
+    rows = queries.segments, queries.places
+    cut = map(queries.cut, (q, d_out))
+    given = *cut, log_sums, queries.cut(mean), rows, *_bounds(queries, keys)
+    zeros = jnp.zeros_like(all_keys[0], wide)
+    (d_k, d_v), d_q = lax.scan(one, (zeros, zeros), given)
+    return queries.join(d_q, q), keys.join(d_k, k), keys.join(d_v, v)

@@ -19,7 +19,7 @@ from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
-from moe_jax.nn import embedding, feedforward, module, norms
+from moe_jax.nn import attention, embedding, feedforward, module, norms
 from moe_jax.nn.attention.layer import Attention, KVCache
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
@@ -149,11 +149,15 @@ class DecoderModel:
 
     def notes(self, rows: int, length: int) -> list[str]:
         """See `Model.notes`."""
-        ff = self.options.feed_forward
-        if not isinstance(getattr(ff, "dispatch", None), auto.Auto):
-            return []
-        top_k = ff.selector.experts_per_token(ff.num_experts, length)
-        return [auto.describe(ff.expert_axes, rows * length, top_k, ff.num_experts)]
+        options, ff = self.options, self.options.feed_forward
+        lines = attention.auto.describe(
+            options.attention, length, options.width_per_head, options.dtype
+        )
+        if isinstance(getattr(ff, "dispatch", None), auto.Auto):
+            top_k = ff.selector.experts_per_token(ff.num_experts, length)
+            shapes = rows * length, top_k, ff.num_experts
+            lines.append(auto.describe(ff.expert_axes, *shapes))
+        return lines
 
     @property
     def expert_axes(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from moe_jax import config
 from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
-from moe_jax.nn.attention.scores import Scores
+from moe_jax.nn.attention import auto
+from moe_jax.nn.attention.splash import Splash
 
 REMAT_POLICIES = {
     "none": None,
@@ -51,7 +52,7 @@ class Decoder(config.ModelConfig):
     num_heads: int = 4
     num_kv_heads: int = 0
     head_dim: int = 0
-    attention: config.AttentionConfig = dataclasses.field(default_factory=Scores)
+    attention: config.AttentionConfig = dataclasses.field(default_factory=auto.Auto)
     feed_forward: config.FeedForwardConfig = dataclasses.field(default_factory=MoE)
     qk_norm: bool = False
     rope_theta: float = 10000.0
@@ -83,6 +84,8 @@ class Decoder(config.ModelConfig):
         small.num_heads, small.head_dim = heads, 16
         small.num_kv_heads = max(1, heads * self.kv_heads // self.num_heads)
         small.d_model = 128
+        if isinstance(self.attention, Splash):
+            small.attention = auto.Auto()  # The kernel does not take short rows.
         ff, layers = small.feed_forward, 2
         if isinstance(ff, MoE):
             ff.first_dense = min(ff.first_dense, 1)

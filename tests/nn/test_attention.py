@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from moe_jax.nn.attention import ATTENTIONS, blocked, sharded
+from moe_jax import config
+from moe_jax.errors import UserError
+from moe_jax.nn.attention import ATTENTIONS, auto, blocked, cudnn, sharded, splash
+from moe_jax.nn.attention.auto import Auto
 from moe_jax.nn.attention.blocked import Blocked
 from moe_jax.nn.attention.common import ATTENDED, Segments
+from moe_jax.nn.attention.cudnn import CuDNN
 from moe_jax.nn.attention.scores import Scores
+from moe_jax.nn.attention.splash import Splash
 
 
 def packed(batch, length, heads, groups, width=8, dtype="float64", seed=0):
@@ -117,6 +122,7 @@ def test_no_array_holds_all_scores():
     all_scores = 2 * 4 * 256 * 256
     assert entries(Scores()) == all_scores
     assert entries(Blocked(block=32)) == given[0].size == all_scores / 32
+    assert entries(Auto()) <= all_scores / 16
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,49 @@ def test_a_split_row_gathers_few_heads(axes_mesh):
     assert count(data=2, tensor=2) == [0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_kernel_of_tpus_interpreted(fused):
+    given = packed(2, 256, 2, 1, dtype="float32")
+    wanted = results(alone(Scores()), *given)
+    options = Splash(block_q=128, block_kv=128, fused_backward=fused)
+    close(results(alone(options, interpret=True), *given), wanted, 1e-6)
+
+
+@pytest.mark.slow
+def test_the_kernel_of_tpus_on_a_split_row(axes_mesh, monkeypatch):
+    given = packed(2, 512, 2, 1, dtype="float32")
+    wanted = results(alone(Scores()), *given)
+    interpreted = functools.partial(splash.attend, interpret=True)
+    monkeypatch.setitem(ATTENTIONS, Splash, interpreted)
+    with jax.set_mesh(axes_mesh(context=2, data=2)):
+        run = functools.partial(sharded.run, Splash(block_q=128, block_kv=128))
+        close(results(run, *given), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2), dict(context=2)], ids=str)
+def test_the_masks_for_cudnn(float64, axes_mesh, monkeypatch, sizes):
+    """Its kernel needs a GPU; XLA's version of the same call takes the same masks."""
+    given = packed(2, 24, 4, 2)
+    wanted = results(alone(Scores()), *given)
+    by_xla = functools.partial(cudnn.attend, implementation="xla")
+    monkeypatch.setitem(ATTENTIONS, CuDNN, by_xla)
+    close(results(alone(CuDNN()), *given), wanted, 1e-6)
+    with jax.set_mesh(axes_mesh(**sizes)):
+        found = results(functools.partial(sharded.run, CuDNN()), *given)
+    close(found, wanted, 1e-6)
+
+
+def test_kernels_of_other_platforms_are_blocks_here(monkeypatch):
+    given = packed(2, 48, 4, 2, dtype="float32")
+    wanted = alone(Blocked())(*given)
+    for options in (Splash(), CuDNN()):
+        np.testing.assert_array_equal(alone(options)(*given), wanted)
+    monkeypatch.setattr(cudnn, "platform", lambda: "gpu")
+    with pytest.raises(UserError, match="=CuDNN: float32 is not bfloat16; set"):
+        alone(CuDNN())(*given)
+
+
 def test_a_policy_may_keep_the_results():
     """Then nothing is attended again: no exponential but the derivative's own."""
     q, k, v, segments = packed(1, 64, 2, 1, dtype="float32")
@@ -166,3 +215,59 @@ def test_a_policy_may_keep_the_results():
     # Two of the forward pass (weights, and what shrinks the sums), one backward.
     assert exponentials("other") == 5
     assert exponentials(ATTENDED) == 3
+
+
+@pytest.mark.parametrize(
+    "where, queries, keys, width, dtype, expected",
+    [
+        ("cpu", 64, 128, 32, "float32", Scores()),
+        ("cpu", 64, 256, 32, "float32", Blocked()),
+        ("tpu", 256, 256, 128, "bfloat16", Scores()),
+        ("tpu", 1024, 1024, 128, "bfloat16", Splash()),
+        ("tpu", 128, 512, 64, "float32", Splash()),
+        ("tpu", 1000, 1000, 128, "bfloat16", Blocked(block=512)),
+        ("tpu", 64, 512, 128, "bfloat16", Blocked(block=512)),
+        ("gpu", 256, 256, 128, "bfloat16", Scores()),
+        ("gpu", 1024, 1024, 128, "bfloat16", CuDNN()),
+        ("gpu", 1024, 1024, 128, "float32", Blocked(block=512)),
+        ("gpu", 1024, 1024, 192, "bfloat16", Blocked(block=512)),
+        ("gpu", 1024, 1024, 36, "bfloat16", Blocked(block=512)),
+        ("gpu", 1001, 1001, 128, "bfloat16", Blocked(block=512)),
+    ],
+)
+def test_what_auto_takes(where, queries, keys, width, dtype, expected):
+    shapes = (where, queries, keys, width, dtype)
+    assert auto.choose(*shapes) == auto.resolve(Auto(), *shapes) == expected
+
+
+def test_a_line_says_what_it_became(axes_mesh):
+    with jax.set_mesh(axes_mesh(context=2)):
+        assert auto.describe(Auto(), 512, 32, "float32") == [
+            "auto attention: Blocked for rows of 512 tokens over 2 shards, float32 "
+            "heads of 32, on cpu"
+        ]
+        (line,) = auto.describe(Splash(), 128, 32, "float32")
+        assert line.startswith("Splash attention: Blocked for rows")
+        assert auto.describe(Blocked(block=8), 128, 32, "float32") == []
+
+
+def test_problems():
+    root = config.Config(mesh=config.MeshConfig(context=2))
+    root.data.sequence_length = 1024
+    problems = lambda options: list(options.problems("config.model.attention", root))
+    assert problems(Splash()) == problems(Blocked()) == []
+    (block,) = problems(Splash(block_q=100))
+    assert block == "config.model.attention.block_q=100: must be a multiple of 128"
+    assert "block=0: must be at least 1" in problems(Blocked(block=0))[0]
+    root.data.sequence_length = 1000
+    (length,) = problems(Splash())
+    assert length == (
+        "config.model.attention=Splash takes multiples of 128 positions on a shard, "
+        "but config.data.sequence_length=1000 over config.mesh.context=2 is 500; set "
+        "sequence_length to a multiple of 256, or config.model.attention to Auto()"
+    )
+
+
+def test_block_sizes_divide_the_row():
+    sizes = [splash.block_size(512, n) for n in (128, 384, 640, 1024, 1280, 4096)]
+    assert sizes == [128, 384, 128, 512, 256, 512]

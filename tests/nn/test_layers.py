@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.nn import feedforward, module, norms, rope
-from moe_jax.nn.attention import scores
+from moe_jax.nn.attention import auto, scores
 from moe_jax.nn.attention.layer import Attention
 
 
@@ -97,7 +97,7 @@ def test_attention_matches_a_loop(float64, qk_norm):
         H,
         G,
         W,
-        scores.Scores(),
+        auto.Auto(),
         qk_norm=qk_norm,
         rope_theta=100.0,
         norm_eps=1e-5,

@@ -13,9 +13,12 @@ All give the same result. `Scores` is the formula, the others avoid its array of
 scores (B, H, S, M). Grouped queries are those of Ainslie et al. 2023.
 """
 
-from moe_jax.nn.attention import blocked, scores
+from moe_jax.nn.attention import auto, blocked, cudnn, scores, splash
 
 ATTENTIONS = {
     scores.Scores: scores.attend,
     blocked.Blocked: blocked.attend,
+    splash.Splash: splash.attend,
+    cudnn.CuDNN: cudnn.attend,
+    auto.Auto: auto.attend,
 }

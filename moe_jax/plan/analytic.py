@@ -12,6 +12,7 @@ import dataclasses
 import math
 
 from moe_jax.config import Config
+from moe_jax.nn.attention.scores import Scores
 from moe_jax.plan import exchanges, footprint
 from moe_jax.plan import facts as facts_lib
 from moe_jax.plan.chips import Chip
@@ -23,6 +24,10 @@ from moe_jax.plan.facts import Facts, Layout, Weight
 SCORE_BYTES = 12
 SCORE_WORK = 16
 SCORE_WORK_ON_CHIP = 5
+# Attention without an array of all scores: queries, and keys, taken at a time; and its
+# backward pass over its forward pass: 7 products for 2, two of them computed twice.
+ATTENTION_BLOCK = 512
+ATTENTION_BACKWARD = 3.5
 # What a block works on stays on the chip up to so many bytes.
 ON_CHIP_BYTES = 96 * 2**20
 
@@ -66,7 +71,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One forward pass of a part on one device; the backward pass is twice it.
+    """One forward pass of a part on one device.
 
     Attributes:
       part: name.
@@ -75,6 +80,7 @@ class Work:
       redone: executed again in the backward pass.
       extra: time that it takes at least, as bytes of HBM traffic.
       pieces: bytes that products in pieces read again in one of the passes.
+      backward: cost of the backward pass over that of the forward pass.
     """
 
     part: str
@@ -83,6 +89,7 @@ class Work:
     redone: bool
     extra: float = 0.0
     pieces: float = 0.0
+    backward: float = 2.0
 
     def seconds(self, chip: Chip) -> float:
         return max(
@@ -128,6 +135,8 @@ def _weight_work(lay: Layout, weight: Weight) -> Work:
 def _attention(lay: Layout) -> Work:
     """Scores, softmax and mixing, whose passes may not fit on the chip."""
     model = lay.model
+    if not isinstance(lay.attention, Scores):
+        return _blocked_attention(lay)
     scores = lay.tokens * lay.length * model.num_heads / lay.ways("heads")
     on_chip = 4 * scores <= ON_CHIP_BYTES
     scores *= model.num_layers
@@ -137,6 +146,23 @@ def _attention(lay: Layout) -> Work:
         hbm=0.0 if on_chip else SCORE_BYTES * scores,
         redone=model.remat != "none",
         extra=(SCORE_WORK_ON_CHIP if on_chip else SCORE_WORK) * scores,
+    )
+
+
+def _blocked_attention(lay: Layout) -> Work:
+    """The blocks on and below the diagonal; with `context`, of the last shard."""
+    model, block = lay.model, min(ATTENTION_BLOCK, lay.length)
+    heads = model.num_layers * model.num_heads / lay.ways("heads")
+    seen = lay.length - lay.length / lay.ways("context") / 2 + block / 2
+    scores = heads * lay.tokens * seen
+    # Queries and results once, keys and values for each block of queries.
+    moved = heads * lay.tokens + scores / block
+    return Work(
+        "attention",
+        flops=4 * scores * model.width_per_head,
+        hbm=2 * lay.width * moved * model.width_per_head,
+        redone=lay.model.remat != "none",
+        backward=ATTENTION_BACKWARD,
     )
 
 
@@ -164,8 +190,9 @@ def _work(facts: Facts, lay: Layout, chip: Chip) -> tuple[dict, float, float]:
     for work in _forward(facts, lay):
         once = lay.micro_batches * work.seconds(chip)
         again = lay.micro_batches * work.pieces / chip.hbm_bandwidth
-        seconds[work.part] = seconds.get(work.part, 0.0) + 3 * once + again
-        times = 3 + work.redone
+        times = 1 + work.backward
+        seconds[work.part] = seconds.get(work.part, 0.0) + times * once + again
+        times += work.redone
         if work.redone:
             seconds["recomputation"] = seconds.get("recomputation", 0.0) + once
         flops += lay.micro_batches * times * work.flops

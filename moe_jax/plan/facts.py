@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config_json, models
-from moe_jax.config import Config, DispatchConfig
+from moe_jax.config import AttentionConfig, Config, DispatchConfig
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder
 from moe_jax.moe.dispatch import auto, plan, ragged
@@ -25,6 +25,7 @@ from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.layer import MoE
+from moe_jax.nn import attention
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
 from moe_jax.train import optimizers, state
@@ -114,6 +115,7 @@ def of_config(config: Config) -> Facts:
         )
     plain = copy.deepcopy(config)
     plain.model.remat = "none"
+    plain.model.attention = attention.auto.Auto()
     fresh = Config(
         model=plain.model,
         data=dataclasses.replace(plain.data, source=None, tokenizer=None),
@@ -198,6 +200,7 @@ class Layout:
       served: rows that its experts compute, times experts.
       sent: rows that it puts into the exchange.
       width: bytes of a number in the computation.
+      attention: resolved.
       dispatch: of the experts, resolved.
     """
 
@@ -212,6 +215,7 @@ class Layout:
     served: float
     sent: float
     width: int
+    attention: AttentionConfig
     dispatch: DispatchConfig | None
 
     def ways(self, *axes: str) -> int:
@@ -305,9 +309,11 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
         numbers = (sizes["expert"], int(tokens), top_k, moe.num_experts)
         dispatch = resolve(moe.dispatch, *numbers)
         served, sent = bucket_rows(dispatch, *numbers)
+    shapes = (length // sizes["context"], length, model.width_per_head, model.dtype)
     return Layout(
         model=model,
         moe=moe,
+        attention=attention.auto.resolve(model.attention, "tpu", *shapes),
         dispatch=dispatch,
         sizes=sizes,
         slices=slices,

@@ -6,6 +6,7 @@ backward pass: at the loss, where the logits are, and inside of a block.
 
 from collections.abc import Iterable
 
+from moe_jax.nn.attention.scores import Scores
 from moe_jax.plan.facts import Facts, Layout, Weight
 
 Memory = dict[str, float]
@@ -28,6 +29,9 @@ def _side(lay: Layout, weight: Weight, experts: int = 1) -> float:
 
 
 def _scores(lay: Layout) -> float:
+    """Scores of a layer that are kept at once: all, or none but their sums."""
+    if not isinstance(lay.attention, Scores):
+        return 0.0
     return lay.tokens * lay.length * lay.model.num_heads / lay.ways("heads")
 
 
@@ -36,8 +40,9 @@ def _block(lay: Layout, weights: list[Weight]) -> Memory:
     model, width = lay.model, lay.width
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width_per_head
     heads /= lay.ways("heads")
-    # Softmax in float32 and its result in the computation's type.
+    # Sums of the softmax; all of it in float32 and in the computation's type.
     activations = lay.tokens * width * (heads + 4 * model.d_model)
+    activations += 4 * lay.tokens * model.num_heads / lay.ways("heads")
     activations += _scores(lay) * (4 + width)
     dispatch = gathered = 0.0
     for weight in weights:

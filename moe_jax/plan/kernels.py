@@ -3,6 +3,8 @@
 Their authors' own cost estimates are not comparable: a grouped matmul's counts every
 row of its buffer. Here a grouped matmul of (m, k) by (G, k, n) does `fill` of its
 rows, in tiles of (tm, tk, tn); a tile on the border of two groups is done twice.
+Causal attention does the tiles that hold a score below the diagonal, or half of all
+scores where the kernel does not say its tiles.
 
 From libtpu 0.0.52 on, XLA writes `ragged_dot` as a product of every row with every
 group whose iterations are skipped where a tile holds no row of the group.
@@ -11,7 +13,7 @@ group whose iterations are skipped where a tile holds no row of the group.
 import dataclasses
 import re
 
-from moe_jax.plan.hlo import Computation, Instruction
+from moe_jax.plan.hlo import HBM, Computation, Instruction
 
 _DEFAULT_TILE = (128, 1 << 30, 1 << 30)
 
@@ -52,10 +54,10 @@ def kernel_work(
         for operand in comp.operands(call)
         if len(operand.shapes) == 1
         and len(operand.shapes[0].dims) >= 2
-        and operand.shapes[0].dtype not in ("s32", "u32", "pred")
+        and operand.shapes[0].dtype not in ("s8", "s16", "s32", "u32", "pred")
     ]
     if "splash" in names or "flash" in names:
-        return _attention(names, matrices, moved)
+        return _attention(call, names, matrices, moved)
     if "gmm" in names or "ragged-dot" in names or "ragged_dot" in names:
         found = _grouped(call, matrices, fill)
         if found is not None:
@@ -78,18 +80,42 @@ def visited_share(product: Instruction, fill: float) -> float:
     return min(1.0, (fill * tiles + groups - 1) / (groups * tiles))
 
 
-def _attention(names: str, matrices, moved: float) -> KernelWork:
-    """Causal: half of the products. Forward 2, dq 3, dkv 4 (fused with dq: 5)."""
+def _attention(call: Instruction, names: str, matrices, moved: float) -> KernelWork:
+    """Products of the tiles visited. Forward 2, dq 3, dkv 4 (with dq in it: 5)."""
     heads = [s for s in matrices if len(s.dims) in (3, 4)]
-    if not heads:
+    if len(heads) < 2:
         return KernelWork("attention", 0.0, moved, known=False)
-    products = 2
+    q, k = heads[:2]
+    rows, keys, width = q.dims[-2], k.dims[-2], q.dims[-1]
+    tile_q, tile_k = (
+        re.search(rf'block_{side}(?:_dq|_dkv)?\\?"?:\s*(\d+)', call.attributes)
+        for side in ("q", "kv")
+    )
+    products, over = 2, tile_q
     if "dkv" in names:
-        products = 5 if "fused" in names else 4
+        # A gradient more among the results is that of the queries.
+        fused = "fused" in names or len(call.shapes) > 4
+        products, over = 5 if fused else 4, tile_k
     elif "dq" in names or ("bwd" in names and "fwd" not in names):
         products = 3
-    q = max(heads, key=lambda shape: shape.size)
-    return KernelWork("attention", float(q.size * q.dims[-2] * products), moved)
+    pairs = q.size // (rows * width)
+    if tile_q and tile_k:
+        pairs *= _visited(rows, keys, int(tile_q[1]), int(tile_k[1]))
+        if k.memory_space == HBM:
+            # Two blocks of one side are read again for each of the other.
+            moved += pairs / int(over[1]) * 2 * width * k.nbytes / k.size
+    else:
+        pairs *= rows * (keys - rows / 2)
+    return KernelWork("attention", float(2 * products * pairs * width), moved)
+
+
+def _visited(rows: int, keys: int, tile_q: int, tile_k: int) -> int:
+    """Scores in the tiles that causality leaves.
+
+    Where the row is split over devices it is the last part's: the others wait for it.
+    """
+    ends = range(keys - rows + tile_q, keys + 1, tile_q)
+    return sum(tile_q * min(keys, -(-end // tile_k) * tile_k) for end in ends)
 
 
 def _tile(call: Instruction) -> tuple[int, int, int]:

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from moe_jax.config import MeshConfig
+from moe_jax.nn.attention import sharded
+from moe_jax.nn.attention.splash import Splash
+from moe_jax.parallel import rules
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.plan import hlo, kernels, schedule
 from moe_jax.plan.collectives import Network
 
@@ -143,9 +148,79 @@ def test_causal_attention_is_half_of_its_products(work_of, name, products):
     ROOT %{name}.4 = bf16[8,256,128] custom-call(%q, %k, %v), {CALL}
     """
     full = 2 * 8 * 256 * 256 * 128
-    found = work_of(lines)
+    found = work_of(lines)  # No tiles are named.
     assert (found.kind, found.known) == ("attention", True)
     assert (found.flops, found.hbm_bytes) == (products * full / 2, 77.0)
+
+
+@pytest.fixture(scope="module")
+def splash_calls(find):
+    """`splash_calls(context=2)`: kernels of attention and its derivative, v5e:2x2.
+
+    Two rows of 1024 bfloat16 positions, 4 heads of 64 on 2 kv heads, blocks of 256.
+    """
+
+    def make(**sizes):
+        mesh = make_mesh(MeshConfig(**sizes), find("v5e:2x2").devices)
+        shaped = lambda axes, shape, dtype: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=rules.sharding(mesh, axes)
+        )
+        heads = lambda n: shaped(
+            ("batch", "sequence", "heads", None), (2, 1024, n, 64), jnp.bfloat16
+        )
+        segments = shaped(("batch", "sequence"), (2, 1024), jnp.int32)
+        options = Splash(block_q=256, block_kv=256)
+        loss = lambda q, k, v, s: jnp.sum(sharded.run(options, q, k, v, s) ** 2)
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+            step = step.lower(heads(4), heads(2), heads(2), segments)
+        text = step.compile().as_text()
+        assert not re.search(r"\[[0-9,]*1024,1024\]", text)
+        module = hlo.parse(text)
+        found = [
+            kernels.kernel_work(comp, call, 0.0, 1.0)
+            for comp in module.computations.values()
+            for call in comp.instructions
+            if kernels.is_kernel(call)
+        ]
+        assert all(work.kind == "attention" and work.known for work in found)
+        return sorted(work.flops for work in found)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "sizes, heads, tiles",
+    [
+        # Of 4 x 4 tiles those on and below the diagonal.
+        (dict(data=2, tensor=2), 1 * 2, 10),
+        # The last shard's 2 x 4; keys of both come together.
+        (dict(data=2, context=2), 1 * 4, 3 + 4),
+    ],
+)
+def test_attention_compiled_for_a_mesh_of_tpus(splash_calls, sizes, heads, tiles):
+    one = 2 * heads * tiles * 256 * 256 * 64
+    assert splash_calls(**sizes) == [2 * one, 3 * one, 4 * one]
+
+
+@pytest.mark.parametrize("names", [("bf16[8,512,128]",) * 2, ("bf16[8,512,128]",) * 3])
+def test_tiles_of_attention_by_hand(work_of, names):
+    """256 queries, the last of 512: of 2 x 4 tiles all but one are visited."""
+    # A third result with heads is the gradient of the queries.
+    results = ", ".join(["f32[128,128]", "f32[128,128]", *names])
+    metadata = r'{"xprof_metadata":"{\"block_q_dkv\": 128, \"block_kv_dkv\": 128}"}'
+    lines = f"""
+    %tables = s8[1,2,4] parameter(0)
+    %q = bf16[8,256,128] parameter(1)
+    %k = bf16[2,512,128] parameter(2)
+    ROOT %splash_mha_dkv.4 = ({results}) custom-call(%tables, %q, %k), {CALL}, \
+        frontend_attributes={{kernel_metadata={metadata}}}
+    """
+    found = work_of(lines.replace("\\\n        ", ""))
+    products = 2 + len(names)
+    assert found.flops == 2 * products * 8 * 7 * 128 * 128 * 128
+    # Each tile reads queries and their gradient.
+    assert found.hbm_bytes == 77 + 8 * 7 * 2 * (128 * 128 * 2)
 
 
 def test_an_unknown_kernel_says_so(work_of):

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from moe_jax.errors import RunError, UserError
+from moe_jax.nn.attention.scores import Scores
 from moe_jax.plan import hlo, program, report
 from moe_jax.train import setup
 
@@ -119,7 +120,7 @@ def test_a_mesh_that_does_not_fit(host, make_config):
 @pytest.mark.slow
 def test_a_step_too_large_is_planned_all_the_same(find, compile_step, make_config):
     config = make_config()
-    config.model.num_layers = 1
+    config.model.num_layers, config.model.attention = 1, Scores()
     config.train.batch_size, config.data.sequence_length = 2**14, 512
     compiled = compile_step(find("v5e:1x1"), config=config)
     assert compiled.out_of_memory.startswith("RESOURCE_EXHAUSTED")

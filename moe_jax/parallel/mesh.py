@@ -32,9 +32,8 @@ def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """A mesh with the axes `AXES` over `devices` (default: all there are).
 
-    Axes are `Auto`: the compiler places collectives outside `shard_map`. It turns the
-    gradient of a sharded weight into a reduce-scatter, where a weight that is
-    replicated by hand gets a full all-reduce (+25 % bytes on the wire).
+    Axes are `Auto`: the compiler places collectives outside `shard_map`. A weight must
+    not be replicated by hand there: its gradient would be an all-reduce.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

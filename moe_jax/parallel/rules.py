@@ -87,6 +87,16 @@ def size(mesh: Any, axis: str) -> int:
     return total
 
 
+def fitting(axes: Axes, shape: tuple[int, ...]) -> Axes:
+    """The axes of an activation; None for a dimension that cannot be split so.
+
+    One position at a time, in decoding, is fewer than there are shards of a sequence.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    fits = lambda axis, dim: axis is None or dim % size(mesh, axis) == 0
+    return tuple(a if fits(a, d) else None for a, d in zip(axes, shape, strict=True))
+
+
 def tree_shardings(mesh: Mesh, axes_tree: Any) -> Any:
     """Shardings for a tree whose leaves are tuples of logical axes."""
     return jax.tree.map(

@@ -75,3 +75,12 @@ def test_constrain_pins_the_layout_where_a_mesh_is_set(axes_mesh):
         y = jax.jit(pin)(x)
     assert {s.data.shape for s in y.addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(y, x)
+
+
+def test_what_cannot_be_split_stays_whole(axes_mesh):
+    axes = ("batch", "sequence", None)
+    assert rules.fitting(axes, (3, 5, 7)) == axes  # Without a mesh.
+    with jax.set_mesh(axes_mesh(data=2, expert=2, context=2)):
+        assert rules.fitting(axes, (4, 2, 7)) == axes
+        assert rules.fitting(axes, (4, 1, 7)) == ("batch", None, None)
+        assert rules.fitting(axes, (2, 2, 7)) == (None, "sequence", None)

@@ -236,7 +236,7 @@ class DecoderModel:
 
     def _run(self, params, router_state, inputs, cache, start, key, mode, override):
         outer = self._outer.bind({name: params[name] for name in self._outer.axes})
-        x = outer.embed(inputs.tokens).astype(self.options.dtype)
+        x = outer.embed(inputs.tokens, self.options.dtype)
         x = rules.constrain(x, "batch", "sequence", None)
         carry, new_cache, observations, auxes = None, {}, {}, []
         for name, seg in self._named_segments():
@@ -351,9 +351,9 @@ class Outer(nnx.Module):
                 dtype=dtype,
             )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array, dtype: str) -> jax.Array:
         with jax.named_scope("embedding"):
-            return embedding.lookup(self.embedding[...], tokens)
+            return embedding.lookup(self.embedding[...], tokens, dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         with jax.named_scope("logits"):

@@ -78,6 +78,17 @@ def stacked_axes(axes: Params) -> Params:
     )
 
 
+def cast(w: jax.Array, dtype: Any) -> jax.Array:
+    """A weight in the type of the computation, rounded where it is used.
+
+    With a plain cast XLA:TPU takes bfloat16 for all that leads to it, and so keeps a
+    copy of the weights of all layers before the loop over them.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16 and w.dtype == jnp.float32:
+        w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+    return w.astype(dtype)
+
+
 def accumulation_dtype(dtype: Any) -> Any:
     """float32, or float64 where the computation itself is in float64."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -164,7 +164,7 @@ class Letters:
         return bytes(i + 97 for i in ids)
 
 
-@pytest.mark.parametrize("sizes", [None, dict(data=4)])
+@pytest.mark.parametrize("sizes", [None, dict(data=4), dict(data=2, context=2)])
 def test_a_text_stops_at_the_end_of_document(made, greedy_by_hand, axes_mesh, sizes):
     """Alone, and on a mesh that splits more rows than there are texts."""
     model, params, state = made

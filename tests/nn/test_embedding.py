@@ -1,5 +1,8 @@
 """The lookup in a split table is a lookup."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +25,8 @@ def test_rows_and_gradients(axes_mesh, sizes):
     factors = rng.normal(size=(B, S, D)).astype(np.float32)
 
     def run(table, tokens):
-        rows, pull = jax.vjp(lambda t: embedding.lookup(t, tokens), table)
+        look = lambda table: embedding.lookup(table, tokens, "float32")
+        rows, pull = jax.vjp(look, table)
         return rows, pull(jnp.asarray(factors))[0]
 
     if sizes is None:
@@ -38,3 +42,32 @@ def test_rows_and_gradients(axes_mesh, sizes):
     np.add.at(want, tokens, factors)
     np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-6)
     assert np.all(np.asarray(grad)[V - 1] == 0)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, expert=2, tensor=2)])
+def test_a_frequent_token_loses_nothing_in_bfloat16(axes_mesh, sizes):
+    """Sums of ones stay at 256 in bfloat16."""
+    table, tokens = np.ones((V, D), np.float32), np.full((B, 125), 7, np.int32)
+
+    def run(table):
+        rows = embedding.lookup(table, tokens, "bfloat16")
+        assert rows.dtype == jnp.bfloat16
+        return jnp.sum(rows.astype(jnp.float32))
+
+    with jax.set_mesh(axes_mesh(**sizes)) if sizes else contextlib.nullcontext():
+        step = jax.jit(jax.value_and_grad(run)).lower(table)
+        _, grad = step.compile()(table)
+    gathers = re.findall(r"stablehlo.all_gather.*", step.as_text())
+    assert len(gathers) == (2 if sizes else 0)
+    assert all("bf16" in line for line in gathers)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_array_equal(grad[7], 1000.0)
+    assert np.count_nonzero(grad) == D
+
+
+def test_one_position_on_a_mesh_that_splits_positions(axes_mesh):
+    table = np.arange(V * D, dtype=np.float32).reshape(V, D)
+    tokens = np.arange(B, dtype=np.int32)[:, None]
+    with jax.set_mesh(axes_mesh(context=2, fsdp=2, tensor=2)):
+        rows = jax.jit(embedding.lookup, static_argnums=2)(table, tokens, "float32")
+    np.testing.assert_array_equal(rows, table[tokens])

@@ -1,11 +1,12 @@
 """What every model family offers to objectives, the step, and generation."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.nn.module import Params
+from moe_jax.parallel.rules import Axes
 from moe_jax.tree import struct
 
 RouterState = dict[str, Any]
@@ -24,6 +25,20 @@ class TokenInputs:
     tokens: jax.Array
     positions: jax.Array
     segments: jax.Array
+
+
+class Output(NamedTuple):
+    """What is multiplied to get logits.
+
+    Attributes:
+      hidden: (B, S, D), normed.
+      matrix: (D, V) or (V, D), as parameters lie.
+      axes: its logical axes, ("embed", "vocab") or the reverse.
+    """
+
+    hidden: jax.Array
+    matrix: jax.Array
+    axes: Axes
 
 
 class Model(Protocol):
@@ -71,8 +86,11 @@ class Model(Protocol):
     ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
         """Hidden states, observations like the router state, MoE aux over L."""
 
+    def output(self, params: Params, hidden: jax.Array) -> Output:
+        """Hidden states to the factors of the logits, for a loss over many tokens."""
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Hidden states to the model's outputs."""
+        """Hidden states to the model's outputs, (B, S, V): for few tokens."""
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token."""

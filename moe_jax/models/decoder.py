@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.models.base import RouterState, TokenInputs
+from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.decoder_config import (
     REMAT_POLICIES,
     Decoder,
@@ -19,7 +19,7 @@ from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
-from moe_jax.nn import attention, embedding, feedforward, module, norms
+from moe_jax.nn import attention, cross_entropy, embedding, feedforward, module, norms
 from moe_jax.nn.attention.layer import Attention, KVCache
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
@@ -228,11 +228,17 @@ class DecoderModel:
         )
         return hidden, cache
 
+    def output(self, params: Params, hidden: jax.Array) -> Output:
+        """See `Model.output`."""
+        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        with jax.named_scope("logits"):
+            return outer.output_of(hidden)
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, V), float32 or wider."""
-        names = self._outer.axes
-        outer = self._outer.bind({name: params[name] for name in names})
-        return outer.logits(hidden)
+        found = self.output(params, hidden)
+        with jax.named_scope("logits"):
+            return cross_entropy.logits(found.hidden, found.matrix, found.axes)
 
     def _run(self, params, router_state, inputs, cache, start, key, mode, override):
         outer = self._outer.bind({name: params[name] for name in self._outer.axes})
@@ -355,12 +361,9 @@ class Outer(nnx.Module):
         with jax.named_scope("embedding"):
             return embedding.lookup(self.embedding[...], tokens, dtype)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        with jax.named_scope("logits"):
-            hidden = self.norm(hidden)
-            w = self.embedding[...].T if self.tied else self.output[...]
-            w, wide = w.astype(hidden.dtype), module.accumulation_dtype(hidden.dtype)
-            return jnp.matmul(hidden, w, preferred_element_type=wide)
+    def output_of(self, hidden: jax.Array) -> Output:
+        matrix = self.embedding if self.tied else self.output
+        return Output(self.norm(hidden), matrix[...], matrix.axes)
 
 
 def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:

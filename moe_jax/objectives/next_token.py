@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax import config
 from moe_jax.models.base import Model, TokenInputs
 from moe_jax.moe.routing import Mode, MoEAux, Override
+from moe_jax.nn import cross_entropy
 from moe_jax.tree import struct
 
 Batch = dict[str, jax.Array]
@@ -19,12 +20,17 @@ class NextToken(config.ObjectiveConfig):
 
     Attributes:
       logit_z_weight: of the mean squared log-normaliser (PaLM's z-loss); 0: none.
+      logit_chunk: tokens of one device whose logits are in memory at once; 0: as many
+        as take the bytes of the output matrix's gradient.
     """
 
     autoregressive = True
     logit_z_weight: float = 0.0
+    logit_chunk: int = 0
 
     def problems(self, path, root):
+        if self.logit_chunk < 0:
+            yield f"{path}.logit_chunk={self.logit_chunk}: must not be negative"
         if self.logit_z_weight < 0:
             yield f"{path}.logit_z_weight={self.logit_z_weight}: must not be negative"
 
@@ -47,13 +53,6 @@ class Loss:
     weight: jax.Array
     observations: dict[str, Any]
     aux: MoEAux | None
-
-
-def token_nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of the targets (B, S), and the log-normaliser (B, S)."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return normaliser - chosen, normaliser
 
 
 def loss(
@@ -87,18 +86,19 @@ def loss(
     hidden, observations, aux = model.apply(
         params, router_state, inputs, key=key, mode=mode, override=override
     )
-    logits = model.logits(params, hidden)
+    output = model.output(params, hidden)
+    how = cross_entropy.Options(
+        axes=output.axes, z_weight=options.logit_z_weight, chunk=options.logit_chunk
+    )
+    weights = batch["weights"]
     with jax.named_scope("logits"):
-        nll, normaliser = token_nll(logits, batch["targets"])
-    weights = batch["weights"].astype(nll.dtype)
-    nll_sum = total = jnp.sum(nll * weights)
-    if options.logit_z_weight:
-        squares = jnp.sum(jnp.square(normaliser) * weights)
-        total = total + options.logit_z_weight * squares
+        total, nll = cross_entropy.summed(
+            how, output.hidden, output.matrix, batch["targets"], weights
+        )
     return Loss(
         sum=total,
-        nll=nll_sum,
-        weight=jnp.sum(weights),
+        nll=nll,
+        weight=jnp.sum(weights, dtype=nll.dtype),
         observations=observations,
         aux=aux,
     )

@@ -1,0 +1,218 @@
+"""Cross-entropy over a vocabulary, without the logits of all tokens in memory.
+
+Chunks of tokens go through the output matrix one after another, and their logits are
+forgotten. The sum of the losses has a derivative of its own: it makes the gradients of
+a chunk while its logits are there, so that they are computed once. This is the fused
+linear cross-entropy of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989), on a mesh.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from moe_jax.nn import module
+from moe_jax.parallel import collectives, rules
+
+_LEAST_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is static.
+
+    Attributes:
+      axes: of the output matrix, ("embed", "vocab") or the reverse.
+      z_weight: of the squared log-normaliser.
+      chunk: tokens of one shard whose logits are there at once, up to a multiple of 8;
+        0: `chunk_of`.
+    """
+
+    axes: rules.Axes = ("embed", "vocab")
+    z_weight: float = 0.0
+    chunk: int = 0
+
+
+def chunk_of(width: int, vocab: int) -> int:
+    """Tokens of a chunk: its logits take no more than the matrix's gradient does.
+
+    Both are in float32. That gradient is there in any case, and is read and written
+    once a chunk: with as many tokens as the matrix has rows, the products take longer.
+    Small models have up to 16 MiB.
+
+    Args:
+      width: D.
+      vocab: V of one shard.
+    """
+    return max(width, _LEAST_BYTES // (4 * vocab))
+
+
+def logits(hidden: jax.Array, matrix: jax.Array, axes: rules.Axes) -> jax.Array:
+    """(..., D) -> (..., V), float32 or wider; the matrix has these axes."""
+    wide = module.accumulation_dtype(hidden.dtype)
+    matrix = matrix.astype(hidden.dtype)
+    shape = "dv" if axes[0] == "embed" else "vd"
+    return jnp.einsum(
+        f"...d,{shape}->...v", hidden, matrix, preferred_element_type=wide
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def summed(
+    options: Options,
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over tokens; the first is cheap to differentiate.
+
+    Under a mesh it runs in `shard_map`: the matrix is gathered once in the type of
+    `hidden`, its gradient leaves by reduce-scatters, and the log-normaliser is put
+    together over the shards of the vocabulary.
+
+    Args:
+      options: what is static.
+      hidden: (B, S, D), split as ("batch", "sequence", None).
+      matrix: (D, V) or (V, D), split as `options.axes`.
+      targets: (B, S) int32.
+      weights: (B, S) float.
+
+    Returns:
+      () of `nll + z_weight * log_normaliser ** 2` in nats, and () of `nll` alone.
+    """
+    nll, normaliser = _run(options, False, hidden, matrix, targets, weights)
+    return _sums(options, nll, normaliser, weights)
+
+
+def _sums(options, nll, normaliser, weights):
+    weights = weights.astype(nll.dtype)
+    plain = total = jnp.sum(nll * weights)
+    if options.z_weight:
+        squares = jnp.sum(jnp.square(normaliser) * weights)
+        total = total + options.z_weight * squares
+    return total, plain
+
+
+def _forward(options, *inputs):
+    inputs = tuple(primal.value for primal in inputs)
+    nll, normaliser, *grads = _run(options, True, *inputs)
+    # Else the compiler sums the matrix's gradient last: all of it would live till then.
+    grads = jax.lax.optimization_barrier(grads)
+    sums = _sums(options, nll, normaliser, inputs[-1])
+    return sums, (inputs, nll, normaliser, grads)
+
+
+def _backward(options, kept, given):
+    inputs, nll, normaliser, grads = kept
+    hidden, matrix, _, weights = inputs
+    to_total, to_plain = (0.0 if isinstance(g, SymbolicZero) else g for g in given)
+    squares = options.z_weight * jnp.square(normaliser)
+    to_weights = to_total * (nll + squares) + to_plain * nll
+    if not options.z_weight:
+        to_total = to_total + to_plain  # The two are one sum.
+    grads = [to_total * g for g in grads]
+    if options.z_weight and not isinstance(given[1], SymbolicZero):
+        # Nobody trains on this one: it may cost the logits once more.
+        without = dataclasses.replace(options, z_weight=0.0)
+        more = _run(without, True, *inputs)[2:]
+        grads = [g + to_plain * m for g, m in zip(grads, more, strict=True)]
+    return (
+        grads[0].astype(hidden.dtype),
+        grads[1].astype(matrix.dtype),
+        None,
+        to_weights.astype(weights.dtype),
+    )
+
+
+summed.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _run(options, with_grads, hidden, matrix, targets, weights):
+    """Per token: nll and log-normaliser (B, S); with gradients those of the total."""
+    inputs = (hidden, matrix, targets, weights)
+    if jax.sharding.get_abstract_mesh().empty:
+        return _shard(options, with_grads, (), *inputs)
+    tokens = rules.spec(("batch", "sequence"))
+    rows, split = rules.spec(("batch", "sequence", None)), rules.spec(options.axes)
+    return jax.shard_map(
+        functools.partial(_shard, options, with_grads, rules.mesh_axes("vocab")),
+        in_specs=(rows, split, tokens, tokens),
+        out_specs=(tokens, tokens, rows, split)[: 4 if with_grads else 2],
+    )(*inputs)
+
+
+def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights):
+    """One shard's part of `_run`; without a mesh, and names, all of it."""
+    dim, part = options.axes.index("embed"), matrix
+    wide = module.accumulation_dtype(hidden.dtype)
+    matrix = module.cast(matrix, hidden.dtype)
+    if vocab_names:
+        names = rules.mesh_axes("embed")
+        matrix = collectives.gather(matrix, names, dim)
+        matrix = collectives.vary_like(matrix, hidden)
+    total = jnp.zeros_like(matrix, wide) if with_grads else None
+    rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
+    size = options.chunk or chunk_of(matrix.shape[dim], matrix.shape[1 - dim])
+    step = functools.partial(_chunk, options, vocab_names, matrix)
+    total, found = _in_chunks(step, total, rows, size)
+    found = tuple(a.reshape(*hidden.shape[:2], *a.shape[1:]) for a in found)
+    if not with_grads:
+        return found
+    if vocab_names:
+        # In the type of the computation, as the gradients of all weights are sent.
+        total = collectives.scatter(total.astype(hidden.dtype), names, dim)
+        total = collectives.total_like(total, part).astype(wide)
+    return *found, total
+
+
+def _in_chunks(step, total, rows, size):
+    """`total, results = step(total, some rows)` for all rows, `size` at a time."""
+    length = rows[0].shape[0]
+    count = -(-length // size)
+    if count == 1:
+        return step(total, rows)
+    size = -(-length // (8 * count)) * 8  # As even as it goes.
+    count = -(-length // size)
+    missing = count * size - length
+
+    def cut(a):
+        a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) if missing else a
+        return a.reshape(count, size, *a.shape[1:])
+
+    total, found = jax.lax.scan(step, total, tuple(map(cut, rows)))
+    return total, tuple(a.reshape(-1, *a.shape[2:])[:length] for a in found)
+
+
+def _chunk(options, vocab_names, matrix, total, rows):
+    """Adds a chunk's gradient of the matrix to `total`, unless that is None.
+
+    Returns:
+      It, and nll and log-normaliser (C,), with the gradient of the rows (C, D).
+    """
+    hidden, targets, weights = rows
+    logits_cv = logits(hidden, matrix, options.axes)
+    ids = jnp.arange(logits_cv.shape[1], dtype=targets.dtype)
+    if vocab_names:
+        targets = targets - jax.lax.axis_index(vocab_names) * ids.size
+    is_target = targets[:, None] == ids
+    largest = collectives.largest(jnp.max(logits_cv, axis=1), vocab_names)
+    powers = jnp.sum(jnp.exp(logits_cv - largest[:, None]), axis=1)
+    normaliser = largest + jnp.log(collectives.total(powers, vocab_names))
+    chosen = jnp.sum(jnp.where(is_target, logits_cv, 0), axis=1)
+    nll = normaliser - collectives.total(chosen, vocab_names)
+    if total is None:
+        return None, (nll, normaliser)
+    scale = 1 + 2 * options.z_weight * normaliser[:, None]
+    slopes = scale * jnp.exp(logits_cv - normaliser[:, None]) - is_target
+    slopes = weights[:, None].astype(slopes.dtype) * slopes
+    slopes = slopes.astype(hidden.dtype)  # An operand of products again.
+    shape = "dv" if options.axes[0] == "embed" else "vd"
+    to_hidden = jnp.einsum(f"cv,{shape}->cd", slopes, matrix)
+    to_hidden = collectives.total(to_hidden, vocab_names)
+    total = total + jnp.einsum(
+        f"cd,cv->{shape}", hidden, slopes, preferred_element_type=total.dtype
+    )
+    return total, (nll, normaliser, to_hidden)

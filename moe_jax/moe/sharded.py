@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import config
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, total
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, total, vary
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
-from moe_jax.parallel import mesh, rules
+from moe_jax.nn import module
+from moe_jax.parallel import collectives, mesh, rules
 
 _is_axes = lambda value: isinstance(value, tuple)
 
@@ -85,7 +86,7 @@ def on_shards(
       (B, S, D) and the statistics.
     """
     length = x.shape[1]
-    weights = jax.tree.map(lambda w: w.astype(x.dtype), experts.weights())
+    weights = jax.tree.map(lambda w: module.cast(w, x.dtype), experts.weights())
     body = lambda tokens, weights: _shard(serve, experts, expert_axes, tokens, weights)
     current = jax.sharding.get_abstract_mesh()
     if current.empty:
@@ -118,7 +119,8 @@ def _shard(serve, experts, expert_axes, tokens, weights):
     axes = _axes(expert_axes)
     width = rules.mesh_axes(rules.grouped("expert_mlp", expert_axes))
     if axes.every:
-        weights = _gather_fsdp(weights, experts.axes())
+        # Before the gather: its reverse then splits gradients before it adds copies.
+        weights = _gather_fsdp(vary(weights, axes.tokens), experts.axes())
         weights = _add_once(weights, experts.output_biases, width)
     given = LocalExperts(weights=weights, run=experts.rows)
     y, stats = serve(tokens, given, axes)
@@ -135,9 +137,7 @@ def _gather_fsdp(weights: PyTree, axes_tree: PyTree) -> PyTree:
     def gather(axes, w):
         for dim, axis in enumerate(axes):
             if axis is not None and axis.startswith("expert_embed"):
-                names = rules.mesh_axes(axis)
-                if names:
-                    w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+                w = collectives.gather(w, rules.mesh_axes(axis), dim)
         return w
 
     return jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes)

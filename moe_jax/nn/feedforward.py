@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.nn import module
+from moe_jax.nn import linear, module
 from moe_jax.parallel import rules
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -96,17 +96,24 @@ class FeedForward(nnx.Module):
             self.b_up = module.param(rngs, into[1:], ("mlp",), dtype=dtype)
             self.b_down = module.param(rngs, out[1:], ("embed",), dtype=dtype)
 
-    def _linear(self, x: jax.Array, name: str) -> jax.Array:
-        y = x @ getattr(self, f"w_{name}")[...].astype(x.dtype)
-        bias = getattr(self, f"b_{name}", None)
-        return y if bias is None else y + bias[...].astype(x.dtype)
+    def _linear(self, x: jax.Array, axis: str | None, *names: str) -> list[jax.Array]:
+        axes = ("batch", "sequence", axis)
+        weights = tuple(getattr(self, f"w_{name}") for name in names)
+        found = list(linear.products(x, axes, weights))
+        for i, name in enumerate(names):
+            bias = getattr(self, f"b_{name}", None)
+            if bias is not None:
+                found[i] = found[i] + bias[...].astype(x.dtype)
+        return found
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, D)."""
-        hidden = self._linear(x, "up")
         if self.gated:
-            hidden = self.act(self._linear(x, "gate")) * hidden
+            up, gate = self._linear(x, None, "up", "gate")
+            hidden = self.act(gate) * up
         else:
-            hidden = self.act(hidden)
+            (up,) = self._linear(x, None, "up")
+            hidden = self.act(up)
         hidden = rules.constrain(hidden, "batch", "sequence", "mlp")
-        return self._linear(hidden, "down")
+        (y,) = self._linear(hidden, "mlp", "down")
+        return y

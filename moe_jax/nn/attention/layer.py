@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import config
-from moe_jax.nn import module, norms, rope
+from moe_jax.nn import linear, module, norms, rope
 from moe_jax.nn.attention import scores, sharded
 from moe_jax.parallel import rules
 from moe_jax.tree import struct
@@ -98,9 +98,8 @@ class Attention(nnx.Module):
         Returns:
           (B, S, D), and the cache with the new keys and values.
         """
-        q = jnp.einsum("bsd,dhk->bshk", x, self.w_q[...].astype(x.dtype))
-        k = jnp.einsum("bsd,dhk->bshk", x, self.w_k[...].astype(x.dtype))
-        v = jnp.einsum("bsd,dhk->bshk", x, self.w_v[...].astype(x.dtype))
+        weights = (self.w_q, self.w_k, self.w_v)
+        q, k, v = linear.products(x, ("batch", "sequence", None), weights)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         # Scaled before it is rounded: a kernel takes only what is scaled.
@@ -116,5 +115,6 @@ class Attention(nnx.Module):
             # A cache holds one document per row, from position 0 on.
             places = jnp.arange(k.shape[1], dtype=jnp.int32)
             mixed = scores.masked(q, k, v, positions[:, :, None] >= places)
-        out = jnp.einsum("bshk,hkd->bsd", mixed, self.w_o[...].astype(x.dtype))
+        axes = ("batch", "sequence", "heads", None)
+        (out,) = linear.products(mixed, axes, (self.w_o,), contracted=2)
         return out, cache

@@ -79,7 +79,6 @@ class Work:
       hbm: bytes.
       redone: executed again in the backward pass.
       extra: time that it takes at least, as bytes of HBM traffic.
-      pieces: bytes that products in pieces read again in one of the passes.
       backward: cost of the backward pass over that of the forward pass.
     """
 
@@ -88,7 +87,6 @@ class Work:
     hbm: float
     redone: bool
     extra: float = 0.0
-    pieces: float = 0.0
     backward: float = 2.0
 
     def seconds(self, chip: Chip) -> float:
@@ -96,20 +94,6 @@ class Work:
             self.flops / (MATMUL_RATE * chip.flops),
             max(self.hbm, self.extra) / chip.hbm_bandwidth,
         )
-
-
-def _pieces(lay: Layout, weight: Weight, side: float) -> float:
-    """Bytes that a product in pieces moves again, on all layers; see `Layout`."""
-    if not lay.in_pieces or weight.part == "experts":
-        return 0.0
-    moved = weight.layers * lay.ways("embed") * lay.tokens * side * lay.width
-    if not weight.block:
-        return moved  # The gradient of the logits, read for each piece.
-    result = 4 * lay.tokens * side
-    if weight.axes[-1] == "embed" or 8 * result <= ON_CHIP_BYTES:
-        return 0.0  # Each piece makes a part of the result, or it stays at hand.
-    # Read and written in float32 where it does not fit.
-    return 4 * moved if 4 * result > ON_CHIP_BYTES else moved
 
 
 def _weight_work(lay: Layout, weight: Weight) -> Work:
@@ -122,14 +106,16 @@ def _weight_work(lay: Layout, weight: Weight) -> Work:
     gathered = weight.size / tensor / (lay.ways("expert") if is_expert else 1)
     hbm = lay.width * (rows * (lay.model.d_model + side) + 2 * gathered)
     flops = 2 * rows * lay.model.d_model * side
-    pieces = _pieces(lay, weight, side)
     if not weight.block:
-        # float32 logits: written, and read for the loss.
-        hbm += 2 * 4 * lay.tokens * side
-        return Work("logits", flops, hbm, False, pieces=pieces)
+        # float32 logits are written and read for the loss and for their gradient;
+        # each chunk reads the matrix twice, and adds to its float32 gradient.
+        chunks = lay.tokens / lay.chunk
+        moved = (12 + 3 * lay.width) * lay.tokens
+        moved += (8 + 2 * lay.width) * chunks * lay.model.d_model
+        return Work("logits", flops, moved * side / 3, False)
     remat = lay.model.remat
     redone = lay.recomputes or (remat == "dots" and is_expert)
-    return Work(weight.part, flops, hbm, redone, pieces=pieces)
+    return Work(weight.part, flops, hbm, redone)
 
 
 def _attention(lay: Layout) -> Work:
@@ -189,9 +175,8 @@ def _work(facts: Facts, lay: Layout, chip: Chip) -> tuple[dict, float, float]:
     flops = hbm = 0.0
     for work in _forward(facts, lay):
         once = lay.micro_batches * work.seconds(chip)
-        again = lay.micro_batches * work.pieces / chip.hbm_bandwidth
         times = 1 + work.backward
-        seconds[work.part] = seconds.get(work.part, 0.0) + times * once + again
+        seconds[work.part] = seconds.get(work.part, 0.0) + times * once
         times += work.redone
         if work.redone:
             seconds["recomputation"] = seconds.get("recomputation", 0.0) + once
@@ -230,7 +215,7 @@ def estimate(
     memory = footprint.at_peak(facts, lay)
     seconds, flops, hbm = _work(facts, lay, chip)
     wire: dict[str, float] = {}
-    for exchange in exchanges.exchanges(facts, lay, chip):
+    for exchange in exchanges.exchanges(facts, lay):
         sent, secs = exchange.cost(lay, chip)
         wire[exchange.part] = wire.get(exchange.part, 0.0) + sent
         seconds[exchange.part] = seconds.get(exchange.part, 0.0) + secs

@@ -25,7 +25,7 @@ from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.layer import MoE
-from moe_jax.nn import attention
+from moe_jax.nn import attention, cross_entropy
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
 from moe_jax.train import optimizers, state
@@ -199,6 +199,7 @@ class Layout:
       tokens: of this device.
       served: rows that its experts compute, times experts.
       sent: rows that it puts into the exchange.
+      chunk: tokens whose logits are there at once.
       width: bytes of a number in the computation.
       attention: resolved.
       dispatch: of the experts, resolved.
@@ -214,6 +215,7 @@ class Layout:
     tokens: float
     served: float
     sent: float
+    chunk: float
     width: int
     attention: AttentionConfig
     dispatch: DispatchConfig | None
@@ -232,15 +234,6 @@ class Layout:
     def exchanges_again(self) -> bool:
         """Whether it exchanges the experts' rows again for that."""
         return self.model.remat in ("full", "dots")
-
-    @property
-    def in_pieces(self) -> bool:
-        """Whether the compiler multiplies by a dense weight while it is gathered.
-
-        It does (windowed einsum) where no other axis copies the weight: the wire is
-        hidden, but each piece reads and writes the whole result.
-        """
-        return self.ways("data", "context") == 1 and self.ways("embed") > 1
 
     @property
     def devices(self) -> int:
@@ -309,6 +302,10 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
         numbers = (sizes["expert"], int(tokens), top_k, moe.num_experts)
         dispatch = resolve(moe.dispatch, *numbers)
         served, sent = bucket_rows(dispatch, *numbers)
+    chunk = getattr(config.objective, "logit_chunk", 0)
+    chunk = chunk or cross_entropy.chunk_of(
+        model.d_model, model.vocab_size // sizes["tensor"]
+    )
     shapes = (length // sizes["context"], length, model.width_per_head, model.dtype)
     return Layout(
         model=model,
@@ -323,5 +320,6 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
         tokens=tokens,
         served=served,
         sent=sent,
+        chunk=min(tokens, chunk),
         width=jnp.dtype(model.dtype).itemsize,
     )

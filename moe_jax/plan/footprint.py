@@ -46,6 +46,8 @@ def _block(lay: Layout, weights: list[Weight]) -> Memory:
     activations += _scores(lay) * (4 + width)
     dispatch = gathered = 0.0
     for weight in weights:
+        if weight.part in ("attention", "feed-forward"):
+            gathered += weight.size / weight.layers / lay.ways("tensor") * width
         if weight.part == "feed-forward":
             activations += lay.tokens * _side(lay, weight) * width
         if weight.part == "experts":
@@ -53,7 +55,7 @@ def _block(lay: Layout, weights: list[Weight]) -> Memory:
             dispatch += lay.served * _side(lay, weight, experts) * width
             local = lay.ways("expert", "mlp")
             gathered += weight.size / weight.layers / local * width
-    if gathered:
+    if dispatch:
         # Sent, served, and brought back.
         dispatch += 3 * lay.sent * model.d_model * width
     return dict(zip(_CLASSES, (activations, dispatch, gathered), strict=True))
@@ -86,10 +88,9 @@ def _segments(facts: Facts, lay: Layout) -> list[tuple[int, Memory]]:
 
 
 def _logits(lay: Layout) -> float:
-    """Logits in float32, their gradient in 2 bytes; the matrix and its gradient."""
+    """A chunk's logits in float32, their gradient; the matrix and its gradient."""
     vocab = lay.model.vocab_size / lay.ways("vocab")
-    matrix = vocab * lay.model.d_model
-    return 6 * lay.tokens * vocab + matrix * (lay.width + 4 / lay.ways("embed"))
+    return (4 + lay.width) * vocab * (lay.chunk + lay.model.d_model)
 
 
 def kept(facts: Facts, lay: Layout) -> Memory:
@@ -123,25 +124,9 @@ def at_peak(facts: Facts, lay: Layout) -> Memory:
     block = dict(max(parts, key=lambda part: sum(part.values())))
     block["gathered weights"] *= 2
     block["activations"] += lay.width * _scores(lay)
-    # The compiler converts the weights of all layers before its loop over them, and
-    # may compute the output matrix's gradient last.
-    vocab = lay.model.vocab_size / lay.ways("vocab")
-    block["gathered weights"] += _converted(facts, lay)
-    block["activations"] += 2 * lay.tokens * vocab
     added_up = gradients if lay.micro_batches > 1 else 0.0
     saved, logits = kept(facts, lay), _logits(lay)
     if logits > sum(block.values()) + gradients:
         return {**state, "gradients": added_up, **saved, "logits": logits}
     inside = _sum((saved, block))
     return {**state, "gradients": added_up + gradients, **inside, "logits": 0.0}
-
-
-def _converted(facts: Facts, lay: Layout) -> float:
-    """The blocks' weights in the computation's type, where parameters are wider."""
-    total = 0.0
-    for weight in facts.weights:
-        if weight.block:
-            axes = (axis for axis in weight.axes if axis)
-            total += weight.size / lay.ways(*axes) * lay.width
-    wide = any(leaf.itemsize > lay.width for leaf in facts.leaves if leaf.trained)
-    return total if wide else 0.0

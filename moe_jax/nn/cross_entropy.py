@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, rules
+from moe_jax.parallel import collectives, rules, varying
 
 _LEAST_BYTES = 16 * 2**20
 
@@ -152,7 +152,7 @@ def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights):
     if vocab_names:
         names = rules.mesh_axes("embed")
         matrix = collectives.gather(matrix, names, dim)
-        matrix = collectives.vary_like(matrix, hidden)
+        matrix = varying.vary_like(matrix, hidden)
     total = jnp.zeros_like(matrix, wide) if with_grads else None
     rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
     size = options.chunk or chunk_of(matrix.shape[dim], matrix.shape[1 - dim])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, rules
+from moe_jax.parallel import collectives, rules, varying
 
 _GATHERED = "embed"
 
@@ -44,8 +44,8 @@ def products(
 
     def local(x, *arrays):
         found = []
-        shards = [collectives.vary_like(w, x) for w in arrays]
-        x = collectives.vary_like(x, shards[0])  # One sum for all in the derivative.
+        shards = [varying.vary_like(w, x) for w in arrays]
+        x = varying.vary_like(x, shards[0])  # One sum for all in the derivative.
         for w, param in zip(shards, weights, strict=True):
             w = module.cast(w, x.dtype)
             w = collectives.gather(w, names, param.axes.index(_GATHERED))

@@ -35,6 +35,26 @@ def scatter(g: jax.Array, names: Names, dim: int) -> jax.Array:
     return g
 
 
+def bring(parts: jax.Array, names: Names) -> jax.Array:
+    """All-to-all: (n B, ..., d), of all shards' rows, to (B, ..., n d), all of its own.
+
+    One mesh axis after another: each is a short ring of its own.
+    """
+    sizes = [jax.lax.axis_size(name) for name in names]
+    x = parts.reshape(*sizes, -1, *parts.shape[1:])
+    for dim, name in reversed(list(enumerate(names))):
+        x = jax.lax.all_to_all(x, name, dim, x.ndim - 1, tiled=True)
+    return x.reshape(x.shape[len(names) :])
+
+
+def send(rows: jax.Array, names: Names) -> jax.Array:
+    """The reverse of `bring`: (B, ..., n d) to (n B, ..., d)."""
+    x = rows.reshape(*[1] * len(names), *rows.shape)
+    for dim, name in enumerate(names):
+        x = jax.lax.all_to_all(x, name, x.ndim - 1, dim, tiled=True)
+    return x.reshape(-1, *x.shape[len(names) + 1 :])
+
+
 def _steps(names: Names) -> list[tuple[str, Groups | None]]:
     """Axes of more than one shard, the slowest first; the whole mesh in two steps."""
     whole = math.prod(jax.lax.axis_size(name) for name in AXES)
@@ -51,25 +71,10 @@ def _steps(names: Names) -> list[tuple[str, Groups | None]]:
     return found
 
 
-def vary_like(w: jax.Array, other: jax.Array) -> jax.Array:
-    """Marks an array as differing over the mesh axes over which another does.
-
-    The derivative sums over these axes. Marked before it is gathered, a weight's
-    gradient is split before its copies are summed.
-    """
-    missing = _beyond(other, w)
-    return jax.lax.pcast(w, missing, to="varying") if missing else w
-
-
 def total_like(g: jax.Array, w: jax.Array) -> jax.Array:
     """The sum over the axes over which a gradient differs and its weight does not."""
-    return total(g, _beyond(g, w))
-
-
-def _beyond(x: jax.Array, other: jax.Array) -> Names:
-    """Axes over which `x` differs and `other` does not; all processes in one order."""
     axes = lambda a: jax.typeof(a).manual_axis_type.varying
-    return tuple(name for name in AXES if name in axes(x) - axes(other))
+    return total(g, tuple(name for name in AXES if name in axes(g) - axes(w)))
 
 
 def total(x: jax.Array, names: Names) -> jax.Array:

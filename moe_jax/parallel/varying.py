@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from moe_jax.parallel.mesh import AXES
+
 Array = jax.Array
 PyTree = Any
 
@@ -16,16 +18,20 @@ def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
     """
 
     def mark(leaf):
-        varying = jax.typeof(leaf).manual_axis_type.varying
-        missing = tuple(a for a in axes if a not in varying)
+        # All processes must name the axes in one order.
+        missing = tuple(a for a in AXES if a in axes and a not in _axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, x)
 
 
 def vary_like(x: PyTree, other: Array) -> PyTree:
-    """Marks arrays as differing over the axes over which `other` does."""
-    return vary(x, tuple(jax.typeof(other).manual_axis_type.varying))
+    """Marks arrays as differing over the axes over which `other` does.
+
+    Done to a weight before it is gathered, its gradient is split before its copies are
+    summed.
+    """
+    return vary(x, tuple(_axes(other)))
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:

@@ -10,6 +10,7 @@ import math
 
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.nn import embedding
 from moe_jax.parallel import rules
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.facts import Facts, Layout, Weight
@@ -21,9 +22,10 @@ GATHERS_EXPOSED = 0.6
 GATHERS = "weight gathers"
 SUMS = "gradient sums"
 TOKENS = "token exchange"
+ROWS = "embedding exchange"
 TENSOR = "tensor sums"
 CONTEXT = "context gathers"
-COLLECTIVES = (GATHERS, SUMS, TOKENS, TENSOR, CONTEXT)
+COLLECTIVES = (GATHERS, SUMS, TOKENS, ROWS, TENSOR, CONTEXT)
 _COPIES = ("data", "context")
 
 
@@ -60,7 +62,7 @@ class Exchange:
 
 
 def _split(
-    lay: Layout, weight: Weight, axes: tuple[str, ...], size: float, uses: int, sums=1
+    lay: Layout, weight: Weight, axes: tuple[str, ...], size: float, uses: int
 ) -> list[Exchange]:
     """A weight's gathers over the axes that split it, and the sums of its gradient.
 
@@ -73,13 +75,12 @@ def _split(
       axes: of the mesh.
       size: bytes of all its layers, whole.
       uses: gathers per micro-batch.
-      sums: gradients per micro-batch.
     """
     micro, ways = lay.micro_batches, math.prod(lay.sizes[axis] for axis in axes)
     found = [Exchange(GATHERS, "gather", axes, size, uses * micro, GATHERS_EXPOSED)]
     if weight.trained:
-        found.append(Exchange(SUMS, "gather", axes, size, sums * micro))
-        found.append(Exchange(SUMS, "reduce", _COPIES, size / ways, sums * micro))
+        found.append(Exchange(SUMS, "gather", axes, size, micro))
+        found.append(Exchange(SUMS, "reduce", _COPIES, size / ways, micro))
     return found
 
 
@@ -97,9 +98,19 @@ def _of_weight(lay: Layout, weight: Weight) -> list[Exchange]:
     size /= lay.ways("tensor") if weight.part != "router" else 1
     if weight.block:
         return _split(lay, weight, rules.RULES["embed"], size, uses)
-    # A tied matrix is used twice.
-    uses = 1 + (weight.part == "embedding" and lay.model.tie_embeddings)
-    return _split(lay, weight, rules.RULES["embed"], size, uses, uses)
+    axes = rules.RULES["embed"]
+    product = _split(lay, weight, axes, size, 1)
+    if weight.part != "embedding":
+        return product
+    vocab = lay.model.vocab_size / lay.ways("vocab")
+    lookup = list(product)
+    if embedding.exchanges(lay.tokens, vocab):
+        rows = lay.tokens * lay.model.d_model * lay.width
+        times = (1 + weight.trained) * lay.micro_batches
+        copies = [e for e in product if e.kind == "reduce"]
+        turns = [Exchange(ROWS, "exchange", (axis,), rows, times) for axis in axes]
+        lookup = [*turns, *copies]
+    return lookup + (product if lay.model.tie_embeddings else [])
 
 
 def exchanges(facts: Facts, lay: Layout) -> list[Exchange]:

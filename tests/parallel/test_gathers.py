@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.parallel import collectives, rules
+from moe_jax.parallel import collectives, rules, varying
 
 MESHES = [
     dict(fsdp=2, expert=4),
@@ -27,9 +27,7 @@ def test_gather_and_its_reverse(axes_mesh, sizes, dim):
     axes = ("embed", None) if dim == 0 else (None, "embed")
 
     def local(w, x):
-        w = collectives.gather(
-            collectives.vary_like(w, x), rules.mesh_axes("embed"), dim
-        )
+        w = collectives.gather(varying.vary_like(w, x), rules.mesh_axes("embed"), dim)
         return x @ w
 
     def run(w, x):

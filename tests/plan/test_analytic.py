@@ -201,20 +201,24 @@ def test_expert_weights_are_gathered_over_fsdp_alone(tiny):
 
 
 def test_a_tied_matrix_crosses_for_both_of_its_uses(tiny):
-    def wire(tied):
-        config = changed(tiny, model__tie_embeddings=tied)
+    def wire(tied, rows=8):
+        config = changed(tiny, model__tie_embeddings=tied, train__batch_size=rows)
         lay = facts.layout_of(config, sizes(fsdp=2, data=2))
         ends = [w for w in facts.of_config(config).weights if not w.block]
         found = [e for w in ends for e in exchanges._of_weight(lay, w)]
         return sum(e.cost(lay, CHIP)[0] for e in found)
 
     # Two gathers, two reduce-scatters, and two sums of halves over data.
-    size = 264 * 32 * 4
-    assert wire(True) == wire(False) == 4 * size / 2 + 2 * 2 * (size / 2) / 2
+    size, copies = 264 * 32 * 4, 2 * 2 * (264 * 32 * 4 / 2) / 2
+    assert wire(True, 64) == wire(False, 64) == 4 * size / 2 + copies
+    # Where they are few, the 64 tokens of a device go to the table and back.
+    exchanged = 2 * 64 * 32 * 4 / 2
+    assert wire(True) == wire(False) == 2 * size / 2 + exchanged + copies
 
 
 def test_micro_batches_gather_again_and_exchange_the_same(tiny):
     tiny = changed(tiny, train__batch_size=64, model__remat="full")
+    tiny.model.vocab_size = 8 * 264
     tiny.model.feed_forward.dispatch = Exact(capacity_factor=1.25)
     one, four = (
         estimate(changed(tiny, train__accumulation=n), data=2, fsdp=2, expert=2)

@@ -9,9 +9,9 @@ from flax import nnx
 
 from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.decoder_config import (
-    REMAT_POLICIES,
     Decoder,
     Segment,
+    remat_policy,
     segments_of,
 )
 from moe_jax.moe import balance
@@ -295,7 +295,7 @@ class DecoderModel:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
-        policy = REMAT_POLICIES[self.options.remat]
+        policy = remat_policy(self.options.remat)
         if mode.train and policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, (x, carry), layers)

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -10,14 +12,37 @@ from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
 from moe_jax.nn.attention import auto
+from moe_jax.nn.attention.common import ATTENDED, PROJECTED
 from moe_jax.nn.attention.splash import Splash
+from moe_jax.nn.feedforward import HIDDEN
+from moe_jax.parallel.collectives import GATHERED
 
-REMAT_POLICIES = {
+# What a rematerialised block may keep for its backward pass, by the name in a config.
+REMAT_NAMES = {
+    "attention": ATTENDED,
+    "projections": PROJECTED,
+    "exchanges": EXCHANGED,
+    "hidden": HIDDEN,
+    "weights": GATHERED,
+}
+_PLAIN_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "full_but_exchanges": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def remat_names(remat: str) -> frozenset[str]:
+    """What is kept by name: {"attention", "hidden"} of "attention+hidden"."""
+    return frozenset() if remat in _PLAIN_POLICIES else frozenset(remat.split("+"))
+
+
+def remat_policy(remat: str) -> Callable[..., Any] | None:
+    """The policy of `jax.checkpoint`; None: there is nothing to recompute."""
+    if remat in _PLAIN_POLICIES:
+        return _PLAIN_POLICIES[remat]
+    names = (REMAT_NAMES[name] for name in sorted(remat_names(remat)))
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 @config.node
@@ -41,9 +66,12 @@ class Decoder(config.ModelConfig):
         residual stream get it divided by sqrt(2 * num_layers) (GPT-2).
       dtype: of the computation.
       param_dtype: of the parameters.
-      remat: what the backward pass recomputes: one of `REMAT_POLICIES`. With
-        "full_but_exchanges" it keeps the rows that were exchanged between experts'
-        shards, so that no token crosses twice; weights are gathered again.
+      remat: what the backward pass recomputes of a block. "none": nothing; "full":
+        all but its input; "dots": all but products with weights; else all but what is
+        named, joined by "+": "attention" (what it mixed), "projections" (queries, keys
+        and values), "exchanges" (rows that crossed between experts' shards, so that
+        none crosses twice), "hidden" (what feed-forwards and experts multiply up to),
+        "weights" (as they were gathered).
     """
 
     vocab_size: int = 258
@@ -123,8 +151,12 @@ class Decoder(config.ModelConfig):
                 f"{path}.num_kv_heads={self.kv_heads}; it takes one of "
                 f"{config.divisors(self.num_heads)}"
             )
-        if self.remat not in REMAT_POLICIES:
-            yield f"{path}.remat={self.remat!r}: must be one of {list(REMAT_POLICIES)}"
+        if unknown := remat_names(self.remat) - set(REMAT_NAMES):
+            yield (
+                f"{path}.remat={self.remat!r}: {sorted(unknown)[0]!r} is not known; it "
+                f"takes one of {list(_PLAIN_POLICIES)}, or some of "
+                f"{list(REMAT_NAMES)} joined by '+'"
+            )
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
@@ -132,10 +164,10 @@ class Decoder(config.ModelConfig):
     def _moe_problems(self, path, root):
         options = self.feed_forward
         if not isinstance(options, MoE):
-            if self.remat == "full_but_exchanges":
+            if "exchanges" in remat_names(self.remat):
                 yield (
                     f"{path}.remat={self.remat!r}: there are no experts, so nothing is "
-                    "exchanged; set it to 'full'"
+                    "exchanged; leave 'exchanges' out, or set 'full'"
                 )
             return
         reason = capabilities.not_causal(options.selector)

@@ -5,10 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
 from moe_jax.nn import linear, module
 from moe_jax.parallel import rules
+
+# Name of what a hidden layer is made of, before the activation, for rematerialisation.
+HIDDEN = "hidden"
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -110,10 +114,12 @@ class FeedForward(nnx.Module):
         """(B, S, D) -> (B, S, D)."""
         if self.gated:
             up, gate = self._linear(x, None, "up", "gate")
-            hidden = self.act(gate) * up
+            hidden = self.act(checkpoint_name(gate, HIDDEN)) * checkpoint_name(
+                up, HIDDEN
+            )
         else:
             (up,) = self._linear(x, None, "up")
-            hidden = self.act(up)
+            hidden = self.act(checkpoint_name(up, HIDDEN))
         hidden = rules.constrain(hidden, "batch", "sequence", "mlp")
         (y,) = self._linear(hidden, "mlp", "down")
         return y

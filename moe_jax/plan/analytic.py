@@ -115,6 +115,9 @@ def _weight_work(lay: Layout, weight: Weight) -> Work:
         return Work("logits", flops, moved * side / 3, False)
     remat = lay.model.remat
     redone = lay.recomputes or (remat == "dots" and is_expert)
+    name = "projections" if weight.part == "attention" else "hidden"
+    if lay.keeps(name) and weight.axes[-1] not in ("embed", "expert_embed"):
+        redone = False
     return Work(weight.part, flops, hbm, redone)
 
 
@@ -130,7 +133,7 @@ def _attention(lay: Layout) -> Work:
         "attention",
         flops=4 * scores * model.width_per_head,
         hbm=0.0 if on_chip else SCORE_BYTES * scores,
-        redone=model.remat != "none",
+        redone=model.remat != "none" and not lay.keeps("attention"),
         extra=(SCORE_WORK_ON_CHIP if on_chip else SCORE_WORK) * scores,
     )
 
@@ -147,7 +150,7 @@ def _blocked_attention(lay: Layout) -> Work:
         "attention",
         flops=4 * scores * model.width_per_head,
         hbm=2 * lay.width * moved * model.width_per_head,
-        redone=lay.model.remat != "none",
+        redone=lay.model.remat != "none" and not lay.keeps("attention"),
         backward=ATTENTION_BACKWARD,
     )
 

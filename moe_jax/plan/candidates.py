@@ -11,12 +11,20 @@ from collections.abc import Iterator
 
 from moe_jax.config import Config, DispatchConfig, MeshConfig, validate
 from moe_jax.errors import UserError
-from moe_jax.models.decoder_config import REMAT_POLICIES
 from moe_jax.moe.dispatch import DISPATCHES, MAY_DROP
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.layer import MoE
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
+
+_REMATS = (
+    "none",
+    "full",
+    "dots",
+    "exchanges",
+    "attention+exchanges",
+    "attention+exchanges+hidden",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +170,7 @@ def candidates(config: Config, num_devices: int, slices: int = 1) -> list[Candid
 
 def _variants(config: Config, trial: Config, num_devices: int) -> Iterator[Candidate]:
     for dispatch in dispatches(config):
-        for remat in REMAT_POLICIES:
+        for remat in _REMATS:
             one = copy.deepcopy(trial)
             one.model.remat = remat
             python: tuple[str, ...] = ()

@@ -86,7 +86,7 @@ def _split(
 
 def _of_weight(lay: Layout, weight: Weight) -> list[Exchange]:
     """Of all layers: gathered for each pass over a block, again where it recomputes."""
-    uses = 1 + (lay.model.remat != "none")
+    uses = 1 + (lay.model.remat != "none" and not lay.keeps("weights"))
     if weight.part == "experts":
         size = weight.size / lay.ways("expert", "mlp") * lay.width
         found = _split(lay, weight, ("fsdp",), size, uses)

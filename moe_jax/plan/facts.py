@@ -16,6 +16,7 @@ from moe_jax import config_json, models
 from moe_jax.config import AttentionConfig, Config, DispatchConfig
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.decoder_config import remat_names
 from moe_jax.moe.dispatch import auto, plan, ragged
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -225,15 +226,19 @@ class Layout:
         names = (rules.RULES.get(axis, (axis,)) for axis in axes)
         return math.prod(self.sizes[n] for group in names for n in group)
 
+    def keeps(self, name: str) -> bool:
+        """Whether a rematerialised block keeps what has this name."""
+        return name in remat_names(self.model.remat)
+
     @property
     def recomputes(self) -> bool:
         """Whether the backward pass makes a block's activations again."""
-        return self.model.remat in ("full", "full_but_exchanges")
+        return self.model.remat not in ("none", "dots")
 
     @property
     def exchanges_again(self) -> bool:
         """Whether it exchanges the experts' rows again for that."""
-        return self.model.remat in ("full", "dots")
+        return self.model.remat != "none" and not self.keeps("exchanges")
 
     @property
     def devices(self) -> int:

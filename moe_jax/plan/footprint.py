@@ -104,10 +104,34 @@ def kept(facts: Facts, lay: Layout) -> Memory:
     found["activations"] += stream * sum(repeats for repeats, _ in segments)
     if lay.model.remat == "dots":
         found["activations"] += _kept_by_dots(facts, lay)
-    if lay.model.remat == "full_but_exchanges":
+    if lay.keeps("exchanges"):
         # What came to the experts, and what came back.
         sent = lay.sent * lay.model.d_model * lay.width
         found["dispatch"] += 2 * sent * lay.moe_layers
+    return _sum((found, _kept_by_name(facts, lay)))
+
+
+def _kept_by_name(facts: Facts, lay: Layout) -> Memory:
+    """What `remat` names, but for exchanges; of all layers."""
+    model, found = lay.model, dict.fromkeys(_CLASSES, 0.0)
+    heads = model.num_layers * lay.tokens / lay.ways("heads")
+    if lay.keeps("attention"):
+        size = lay.width * model.width_per_head + 4
+        found["activations"] += heads * model.num_heads * size
+    if lay.keeps("projections"):
+        rows = heads * (model.num_heads + 2 * model.kv_heads)
+        found["activations"] += rows * model.width_per_head * lay.width
+    for weight in facts.weights:
+        is_expert = weight.part == "experts"
+        experts = lay.moe.num_experts if is_expert else 1
+        into = weight.axes[-1] not in ("embed", "expert_embed")
+        if lay.keeps("hidden") and into and weight.part in ("experts", "feed-forward"):
+            rows = weight.layers * (lay.served if is_expert else lay.tokens)
+            kind = "dispatch" if is_expert else "activations"
+            found[kind] += rows * _side(lay, weight, experts) * lay.width
+        if lay.keeps("weights") and weight.block and weight.part != "router":
+            whole = lay.ways("expert", "mlp") if is_expert else lay.ways("tensor")
+            found["gathered weights"] += weight.size / whole * lay.width
     return found
 
 

@@ -12,7 +12,7 @@ from moe_jax.models import build
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
 from moe_jax.models.decoder_config import (
-    REMAT_POLICIES,
+    REMAT_NAMES,
     Decoder,
     Segment,
     segments_of,
@@ -293,7 +293,8 @@ def test_remat_policies_give_the_same_gradients():
     )
     given = inputs(TOKENS, STEPS, np.ones((B, S)))
     grads, compiled = {}, {}
-    for remat in REMAT_POLICIES:
+    remats = ("none", "full", "dots", *REMAT_NAMES, "+".join(REMAT_NAMES))
+    for remat in remats:
         model = DecoderModel(options(num_layers=2, feed_forward=moe, remat=remat))
 
         def value(params, model=model):
@@ -307,7 +308,7 @@ def test_remat_policies_give_the_same_gradients():
         traced = jax.jit(jax.grad(value)).trace(params)
         compiled[remat] = str(traced.jaxpr)
         grads[remat] = named_leaves(traced.lower().compile()(params))
-    for remat in REMAT_POLICIES:
+    for remat in remats:
         for name, grad in grads[remat].items():
             np.testing.assert_allclose(
                 grad, grads["none"][name], rtol=1e-3, atol=1e-6, err_msg=name
@@ -315,6 +316,8 @@ def test_remat_policies_give_the_same_gradients():
             assert np.abs(grad).max() > 0, name
     dots = {remat: text.count("dot_general") for remat, text in compiled.items()}
     assert dots["none"] < dots["dots"] <= dots["full"]
+    for remat in ("attention", "projections", "hidden"):
+        assert dots["+".join(REMAT_NAMES)] < dots[remat] < dots["full"], remat
 
 
 @pytest.mark.parametrize(
@@ -427,13 +430,15 @@ def test_axes_mirror_the_parameters():
         (dict(num_heads=3), {}, "d_model=16 is not divisible"),
         (dict(num_kv_heads=3), {}, "num_kv_heads=3"),
         (dict(head_dim=3), {}, "head_dim=3 is odd"),
-        (dict(remat="some"), {}, "remat='some'"),
+        (dict(remat="some"), {}, "remat='some': 'some' is not known"),
+        (dict(remat="hidden+dots"), {}, "'dots' is not known"),
+        (dict(remat="hidden+attention"), {}, ""),
         (
-            dict(remat="full_but_exchanges", feed_forward=Dense(d_ff=8)),
+            dict(remat="exchanges", feed_forward=Dense(d_ff=8)),
             {},
             "there are no experts, so nothing is exchanged",
         ),
-        (dict(remat="full_but_exchanges"), {}, ""),
+        (dict(remat="exchanges"), {}, ""),
         (dict(dtype="float8"), {}, "dtype='float8'"),
         (dict(num_kv_heads=-1), {}, "must not be negative"),
         (dict(num_layers=1), {}, "leaves no block for experts"),

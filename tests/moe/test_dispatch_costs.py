@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from moe_jax.models.decoder_config import REMAT_POLICIES
+from moe_jax.models.decoder_config import remat_policy
 from moe_jax.moe import sharded
 from moe_jax.moe.dispatch import DISPATCHES
 from moe_jax.moe.dispatch.auto import Auto
@@ -125,7 +125,7 @@ def test_exact_needs_little_more_memory_than_dropping(axes_mesh):
     exact = {n: temporary(axes_mesh, Exact, n) for n in (2, 4, 8)}
     for shards, size in exact.items():
         assert size <= 1.35 * temporary(axes_mesh, Bucket, shards), shards
-    assert exact[4] <= 1.1 * exact[2] and exact[8] <= 1.1 * exact[4]
+    assert max(exact[4], exact[8]) <= 1.1 * exact[2]
 
 
 def collectives(text):
@@ -174,7 +174,7 @@ def test_exchanges_are_not_repeated_in_rematerialisation(axes_mesh, cls):
         def wrap(forward):
             def blocks(weights, x, weight_tk):
                 block = lambda x, w: (x + forward(w, x, weight_tk), None)
-                chosen = REMAT_POLICIES[policy]
+                chosen = remat_policy(policy)
                 if chosen is not None:
                     block = jax.checkpoint(block, policy=chosen, prevent_cse=False)
                 twice = jax.tree.map(lambda w: jnp.stack([w, w]), weights)
@@ -186,7 +186,7 @@ def test_exchanges_are_not_repeated_in_rematerialisation(axes_mesh, cls):
             case = Case(mesh, cls(), **SMALL)
             return collectives(case.compiled(wrap=wrap).as_text())
 
-    plain, full, kept = map(count, ("none", "full", "full_but_exchanges"))
+    plain, full, kept = map(count, ("none", "full", "exchanges"))
     assert kept == plain
     assert sum(full.values()) > sum(kept.values())
     if cls is Bucket:

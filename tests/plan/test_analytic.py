@@ -22,7 +22,7 @@ from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.nn.feedforward import Dense
 from moe_jax.parallel.mesh import AXES
-from moe_jax.plan import analytic, exchanges, facts
+from moe_jax.plan import analytic, exchanges, facts, footprint
 from moe_jax.plan.chips import BY_NAME
 from moe_jax.train import setup
 from moe_jax.train.optimizers import Adafactor, ParamGroup
@@ -172,7 +172,7 @@ def test_the_token_exchange_by_hand(tiny):
     )
     full = estimate(changed(tiny, model__remat="full"), expert=4)
     assert full.wire["token exchange"] == 2 * 6 * payload * 3 / 4
-    kept = estimate(changed(tiny, model__remat="full_but_exchanges"), expert=4)
+    kept = estimate(changed(tiny, model__remat="exchanges"), expert=4)
     assert kept.wire["token exchange"] == found.wire["token exchange"]
     assert kept.wire["weight gathers"] == full.wire["weight gathers"]
     assert kept.executed_flops == full.executed_flops
@@ -198,6 +198,30 @@ def test_expert_weights_are_gathered_over_fsdp_alone(tiny):
     # Copies are summed: all-reduce over data, of what fsdp leaves of a gradient.
     assert experts(data=2, expert=4) == 2 * size / 4 / 2
     assert experts(data=2, fsdp=2) == 3 * size / 2 + 2 * (size / 2) / 2
+
+
+def test_what_remat_names_is_kept_by_hand(tiny):
+    def extra(remat):
+        def size(remat):
+            config = changed(tiny, model__remat=remat)
+            lay = facts.layout_of(config, sizes(data=2, expert=2, tensor=2))
+            return footprint.kept(facts.of_config(config), lay), lay
+
+        (found, lay), (full, _) = size(remat), size("full")
+        found = {name: found[name] - full[name] for name in found}
+        return {name: size for name, size in found.items() if size}, lay
+
+    # 2 layers, 64 tokens of 32 a device; 2 of 4 query heads and 1 of 2 others, of 8.
+    attended = 2 * 64 * 2 * (8 * 4 + 4)
+    assert extra("attention")[0] == {"activations": attended}
+    assert extra("projections")[0] == {"activations": 2 * 64 * (2 + 2 * 1) * 8 * 4}
+    # Gate and up, of half of the width.
+    hidden, lay = extra("hidden")
+    assert hidden == {"dispatch": 2 * lay.served * 2 * 16 * 4}
+    # Half of each matrix of half of the experts, and of those of the heads.
+    weights = 3 * 2 * 32 * 16 + 32 * (2 * 16 + 2 * 8)
+    assert extra("weights")[0] == {"gathered weights": 2 * weights * 4}
+    assert extra("attention+projections")[0]["activations"] > attended
 
 
 def test_a_tied_matrix_crosses_for_both_of_its_uses(tiny):
@@ -239,7 +263,7 @@ def test_memory_grows_from_full_to_none(tiny):
     tiny = changed(tiny, train__batch_size=256, model__num_layers=8)
     full, exchanges, dots, none = (
         estimate(changed(tiny, model__remat=remat), expert=2).peak_bytes
-        for remat in ("full", "full_but_exchanges", "dots", "none")
+        for remat in ("full", "exchanges", "dots", "none")
     )
     assert full < exchanges < none
     assert full < dots < none

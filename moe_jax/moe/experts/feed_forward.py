@@ -4,11 +4,13 @@ import functools
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
 from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.routing import Array, PyTree
 from moe_jax.nn import feedforward, module
+from moe_jax.nn.feedforward import HIDDEN
 
 
 @config.node
@@ -138,10 +140,10 @@ class FeedForwardExperts(nnx.Module):
         over `tensor` the result is this shard's part of a sum. What comes out for rows
         beyond the groups means nothing.
         """
-        x = rows["features"]
-        hidden = _linear(x, weights, "up", group_sizes)
+        into = lambda name: _linear(rows["features"], weights, name, group_sizes)
+        hidden = checkpoint_name(into("up"), HIDDEN)
         if "w_gate" in weights:
-            hidden = self.act(_linear(x, weights, "gate", group_sizes)) * hidden
+            hidden = self.act(checkpoint_name(into("gate"), HIDDEN)) * hidden
         else:
             hidden = self.act(hidden)
         if scale is not None:

@@ -9,6 +9,8 @@ from moe_jax.tree import struct
 # A rematerialisation policy that saves this name does not attend again: it stands on
 # the output and on the log-sum-exp of the scores, all that a derivative needs.
 ATTENDED = "attended"
+# On queries, keys and values, before they are normed and turned.
+PROJECTED = "projected"
 
 
 @struct

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
 from moe_jax.nn import linear, module, norms, rope
 from moe_jax.nn.attention import scores, sharded
+from moe_jax.nn.attention.common import PROJECTED
 from moe_jax.parallel import rules
 from moe_jax.tree import struct
 
@@ -99,7 +101,8 @@ class Attention(nnx.Module):
           (B, S, D), and the cache with the new keys and values.
         """
         weights = (self.w_q, self.w_k, self.w_v)
-        q, k, v = linear.products(x, ("batch", "sequence", None), weights)
+        made = linear.products(x, ("batch", "sequence", None), weights)
+        q, k, v = (checkpoint_name(a, PROJECTED) for a in made)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         # Scaled before it is rounded: a kernel takes only what is scaled.

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
-from moe_jax.nn.attention.common import Segments, masked_out, score_dtype
+from moe_jax.nn.attention.common import ATTENDED, Segments, masked_out, score_dtype
 
 
 @config.node
@@ -19,7 +20,7 @@ def attend(
     options: Scores, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
 ) -> jax.Array:
     """See `ATTENTIONS`."""
-    return masked(q, k, v, segments.mask())
+    return checkpoint_name(masked(q, k, v, segments.mask()), ATTENDED)
 
 
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -191,10 +191,8 @@ class Timeline:
             self._fusion(instruction)
         elif opcode == "custom-call" and not kernels.is_kernel(instruction):
             return  # Allocations, markers, layouts.
-        elif opcode == "async-update":  # What is in flight goes on by this name.
-            self.flying[instruction.name] = self.flying.pop(
-                instruction.operands[0], (0.0, None)
-            )
+        elif opcode == "async-update":
+            self._update(instruction)
         else:
             self._compute(instruction)
 
@@ -268,20 +266,29 @@ class Timeline:
         if kind:
             self._launch(instruction.name, self._measure(instruction, kind, self.comp))
         elif instruction.opcode == "async-start":
-            self._offload(instruction)
+            if instruction.operands:  # Else they come with its update.
+                self._offload(instruction)
         else:  # A copy or slice between HBM and VMEM, prefetched.
             sizes = [shape.padded_bytes for shape in instruction.shapes[:2]]
             self.total.hbm_bytes += min(sizes)
 
-    def _offload(self, instruction: Instruction) -> None:
+    def _update(self, instruction: Instruction) -> None:
+        """What is in flight goes on by this name, or takes off with its operands."""
+        begun = self.comp.by_name[instruction.operands[0]]
+        if begun.opcode == "async-start" and not begun.operands:
+            self._offload(instruction, begun.reference("calls"))
+        else:
+            flight = self.flying.pop(begun.name, (0.0, None))
+            self.flying[instruction.name] = flight
+
+    def _offload(self, instruction: Instruction, name: str | None = None) -> None:
         """Another core's work: a collective, or copies and gathers."""
-        name = instruction.reference("calls")
+        name = name or instruction.reference("calls")
         comp = self.walk.module.computations[name]
-        for inner in comp.instructions:
-            kind = collectives.base_kind(inner.opcode)
-            if kind:
-                self._launch(instruction.name, self._measure(inner, kind, comp))
-                return
+        found = self._collective(comp)
+        if found is not None:
+            self._launch(instruction.name, found)
+            return
         moved = sum(
             self.walk.meter.hbm_bytes(comp, inner)
             for inner in comp.instructions
@@ -290,6 +297,17 @@ class Timeline:
         self.total.hbm_bytes += moved
         end = self.total.seconds + moved / self.walk.network.chip.hbm_bandwidth
         self.flying[instruction.name] = (end, None)
+
+    def _collective(self, comp: Computation) -> Collective | None:
+        """The one in a computation, or in what its custom calls wrap."""
+        for inner in comp.instructions:
+            kind = collectives.base_kind(inner.opcode)
+            if kind:
+                return self._measure(inner, kind, comp)
+            wrapped = re.search(r"called_computations=\{%([^,}]+)", inner.attributes)
+            if wrapped:
+                return self._collective(self.walk.module.computations[wrapped[1]])
+        return None
 
     def _fusion(self, instruction: Instruction) -> None:
         name = instruction.reference("calls")

@@ -46,12 +46,17 @@ class Model(Protocol):
 
     Attributes:
       axes: tree of logical axes, like the parameters.
+      rounded: tree of bools, like the parameters: whether a weight's gradient has no
+        more digits than the computation's type (`nn.module.param`).
+      dtype: of the computation.
       needs_step_load: a loss takes the experts' load from the whole optimizer step;
         where that is accumulated, it is observed in a first pass.
       expert_axes: mesh axes over which experts are split; () without experts.
     """
 
     axes: Params
+    rounded: Params
+    dtype: str
     needs_step_load: bool
     expert_axes: tuple[str, ...]
 

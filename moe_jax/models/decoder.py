@@ -92,6 +92,7 @@ class DecoderModel:
 
     def __init__(self, options: Decoder):
         self.options = options
+        self.dtype = options.dtype
         self.segments = segments_of(options)
         self.num_moe_layers = sum(sum(s.moe) * s.repeats for s in self.segments)
         self._block = {
@@ -100,11 +101,13 @@ class DecoderModel:
         }
         self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
         self.axes = dict(self._outer.axes)
+        self.rounded = dict(self._outer.rounded)
         for name, seg in self._named_segments():
+            blocks = {b: self._block[is_moe] for b, is_moe in _named_blocks(seg)}
             self.axes[name] = {
-                block: module.stacked_axes(self._block[is_moe].axes)
-                for block, is_moe in _named_blocks(seg)
+                b: module.stacked_axes(block.axes) for b, block in blocks.items()
             }
+            self.rounded[name] = {b: block.rounded for b, block in blocks.items()}
 
     def _named_segments(self):
         return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]

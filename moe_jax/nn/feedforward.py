@@ -87,11 +87,11 @@ class FeedForward(nnx.Module):
         self.gated = options.gated
         into, out = (d_model, options.d_ff), (options.d_ff, d_model)
         if options.gated:
-            self.w_gate = module.param(
+            self.w_gate = module.matrix(
                 rngs, into, ("embed", "mlp"), std=std, dtype=dtype
             )
-        self.w_up = module.param(rngs, into, ("embed", "mlp"), std=std, dtype=dtype)
-        self.w_down = module.param(
+        self.w_up = module.matrix(rngs, into, ("embed", "mlp"), std=std, dtype=dtype)
+        self.w_down = module.matrix(
             rngs, out, ("mlp", "embed"), std=out_std, dtype=dtype
         )
         if options.bias:

@@ -191,10 +191,11 @@ def _work(facts: Facts, lay: Layout, chip: Chip) -> tuple[dict, float, float]:
     # Read and written; gradients are read for their norm and for the update, and
     # with micro-batches added up.
     sizes = [(leaf, leaf.local_bytes(lay.sizes)) for leaf in facts.leaves]
-    gradients = sum(size for leaf, size in sizes if leaf.trained)
+    gradients = sum(leaf.gradient_bytes(lay.sizes) for leaf, _ in sizes)
     update = 2 * sum(size for _, size in sizes) + 2 * gradients
     if lay.micro_batches > 1:
-        update += 3 * lay.micro_batches * gradients
+        sums = sum(size for leaf, size in sizes if leaf.gradient_itemsize)
+        update += lay.micro_batches * (gradients + 2 * sums)
     seconds["optimizer"] = update / chip.hbm_bandwidth
     return seconds, flops, hbm + saved + update
 

@@ -26,7 +26,7 @@ from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.layer import MoE
-from moe_jax.nn import attention, cross_entropy
+from moe_jax.nn import attention, cross_entropy, module
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import AXES
 from moe_jax.train import optimizers, state
@@ -69,16 +69,16 @@ class Leaf:
 
     Attributes:
       kind: "parameters" or "optimizer" (with the average, the router's state).
-      trained: a parameter that has a gradient.
       shape: global.
       itemsize: bytes of an entry.
+      gradient_itemsize: of an entry of its gradient; 0 where there is none.
       split: mesh axes of each dimension.
     """
 
     kind: str
-    trained: bool
     shape: tuple[int, ...]
     itemsize: int
+    gradient_itemsize: int
     split: tuple[tuple[str, ...], ...]
 
     def local_bytes(self, sizes: dict[str, int]) -> int:
@@ -86,6 +86,10 @@ class Leaf:
         parts = (math.prod(sizes[a] for a in axes) for axes in self.split)
         dims = (-(-dim // n) for dim, n in zip(self.shape, parts, strict=True))
         return math.prod(dims) * self.itemsize
+
+    def gradient_bytes(self, sizes: dict[str, int]) -> int:
+        """Of its gradient, on one device."""
+        return self.local_bytes(sizes) * self.gradient_itemsize // self.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +142,10 @@ def _of_json(text: str) -> Facts:
     shapes = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
     anywhere = jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
     places = state.state_shardings(shapes, model.axes, anywhere)
+    slots = lambda params: module.slots(params, model.rounded, model.dtype)
+    gradients = named_leaves({"params": jax.eval_shape(slots, shapes.params)})
     leaves = tuple(
-        _leaf(name, leaf, place.spec)
+        _leaf(name, leaf, place.spec, gradients.get(name))
         for (name, leaf), place in zip(
             named_leaves(shapes).items(), jax.tree.leaves(places), strict=True
         )
@@ -161,13 +167,13 @@ def _of_json(text: str) -> Facts:
     )
 
 
-def _leaf(name, leaf, spec) -> Leaf:
+def _leaf(name, leaf, spec, gradient) -> Leaf:
     entries = (*spec, *(None,) * (leaf.ndim - len(spec)))
     return Leaf(
         kind="parameters" if name.startswith(("params", "frozen")) else "optimizer",
-        trained=name.startswith("params"),
         shape=leaf.shape,
         itemsize=jnp.dtype(leaf.dtype).itemsize,
+        gradient_itemsize=0 if gradient is None else gradient.dtype.itemsize,
         split=tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries),
     )
 

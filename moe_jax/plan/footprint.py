@@ -138,17 +138,18 @@ def _kept_by_name(facts: Facts, lay: Layout) -> Memory:
 def at_peak(facts: Facts, lay: Layout) -> Memory:
     """Bytes by class at the peak: at the loss, or inside of a block's backward pass."""
     state = {"parameters": 0.0, "optimizer": 0.0}
-    gradients = 0.0
+    gradients = added_up = 0.0
     for leaf in facts.leaves:
         size = leaf.local_bytes(lay.sizes)
         state[leaf.kind] += size
-        gradients += size * leaf.trained
+        gradients += leaf.gradient_bytes(lay.sizes)
+        if lay.micro_batches > 1 and leaf.gradient_itemsize:
+            added_up += size
     # In the block's backward pass: the gradient of the scores, of gathered weights.
     parts = (part for _, part in _segments(facts, lay))
     block = dict(max(parts, key=lambda part: sum(part.values())))
     block["gathered weights"] *= 2
     block["activations"] += lay.width * _scores(lay)
-    added_up = gradients if lay.micro_batches > 1 else 0.0
     saved, logits = kept(facts, lay), _logits(lay)
     if logits > sum(block.values()) + gradients:
         return {**state, "gradients": added_up, **saved, "logits": logits}

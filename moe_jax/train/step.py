@@ -12,6 +12,7 @@ from moe_jax.config import Config
 from moe_jax.models.base import Model
 from moe_jax.moe import health
 from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
+from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
 from moe_jax.parallel import rules
 from moe_jax.train import optimizers
@@ -95,7 +96,11 @@ def compute_gradients(
     tokens = jnp.maximum(_tokens(batch), 1).astype(weight.dtype)
     forward = _forward(config, model, state, mode, override)
 
-    def total(params, router_state, micro, index):
+    slots = module.slots(state.params, model.rounded, model.dtype)
+
+    def total(slots, router_state, micro, index):
+        slotted = lambda value, slot: module.Slotted(value=value, slot=slot)
+        params = jax.tree.map(slotted, state.params, slots)
         found = forward(params, router_state, micro, index)
         share = 1.0 if count == 1 else _tokens(micro) / tokens
         aux = _weighted(found.aux, share)
@@ -106,8 +111,10 @@ def compute_gradients(
 
     def one(router_state, micro, index):
         (value, (nll, observations, aux)), grads = gradient(
-            state.params, router_state, micro, index
+            slots, router_state, micro, index
         )
+        # Sums over micro-batches, and the optimizer, need the digits of the weights.
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         return value, nll, grads, observations, aux
 
     if count == 1:

@@ -26,6 +26,7 @@ from moe_jax.plan import analytic, exchanges, facts, footprint
 from moe_jax.plan.chips import BY_NAME
 from moe_jax.train import setup
 from moe_jax.train.optimizers import Adafactor, ParamGroup
+from moe_jax.tree import named_leaves
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 CHIP = BY_NAME["v5e"]
@@ -103,6 +104,25 @@ def test_state_bytes_are_those_of_the_trainer(tiny, kind):
         assert found["optimizer"] == others, mesh
         gradients = found["gradients"] or local_bytes(abstract.params)
         assert gradients == local_bytes(abstract.params), mesh
+
+
+def test_gradients_of_rounded_weights_take_two_bytes(tiny):
+    tiny = changed(tiny, model__dtype="bfloat16")
+    tiny.model.feed_forward.dispatch = Exact(capacity_factor=1.25)
+    tiny.mesh = MeshConfig(data=1)
+    params = setup.make_parts(tiny, jax.devices()[:1]).abstract.params
+    matrices = sum(
+        leaf.size
+        for name, leaf in named_leaves(params).items()
+        if "/attention/w_" in name or "/experts/w_" in name
+    )
+    whole = local_bytes(params)
+    layout, layers = facts.layout_of(tiny, sizes()), facts.of_config(tiny)
+    narrow = sum(leaf.gradient_bytes(sizes()) for leaf in layers.leaves)
+    assert narrow == whole - 2 * matrices
+    assert footprint.at_peak(layers, layout)["gradients"] in (0, narrow)
+    split = facts.layout_of(changed(tiny, train__accumulation=2), sizes())
+    assert footprint.at_peak(layers, split)["gradients"] in (whole, whole + narrow)
 
 
 def whole_capacity(config):

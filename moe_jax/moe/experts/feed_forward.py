@@ -94,9 +94,9 @@ class FeedForwardExperts(nnx.Module):
         axes = ("expert", "expert_embed", "expert_mlp")
         out_axes = ("expert", "expert_mlp", "expert_embed")
         if options.gated:
-            self.w_gate = module.param(rngs, into, axes, std=std, dtype=dtype)
-        self.w_up = module.param(rngs, into, axes, std=std, dtype=dtype)
-        self.w_down = module.param(
+            self.w_gate = module.matrix(rngs, into, axes, std=std, dtype=dtype)
+        self.w_up = module.matrix(rngs, into, axes, std=std, dtype=dtype)
+        self.w_down = module.matrix(
             rngs,
             out,
             ("expert", "expert_mlp", "expert_embed"),

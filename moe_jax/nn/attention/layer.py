@@ -66,10 +66,10 @@ class Attention(nnx.Module):
         heads = ("embed", "heads", None)
         queries = (d_model, num_heads, head_dim)
         shared = (d_model, num_kv_heads, head_dim)
-        self.w_q = module.param(rngs, queries, heads, std=std, dtype=dtype)
-        self.w_k = module.param(rngs, shared, heads, std=std, dtype=dtype)
-        self.w_v = module.param(rngs, shared, heads, std=std, dtype=dtype)
-        self.w_o = module.param(
+        self.w_q = module.matrix(rngs, queries, heads, std=std, dtype=dtype)
+        self.w_k = module.matrix(rngs, shared, heads, std=std, dtype=dtype)
+        self.w_v = module.matrix(rngs, shared, heads, std=std, dtype=dtype)
+        self.w_o = module.matrix(
             rngs,
             (num_heads, head_dim, d_model),
             ("heads", None, "embed"),

@@ -232,6 +232,8 @@ class TrainConfig(Node):
       watchdog_secs: a step (not the first, which compiles) that takes longer ends
         the process with a message; 0 turns it off.
       compilation_cache: folder of JAX's persistent cache; "" turns it off.
+      xla_options: "xla_NAME=VALUE" with spaces between them, for the train step, beside
+        those of `parallel.compiler`; "xla_NAME=" leaves one of those out.
     """
 
     steps: int = 1000
@@ -243,6 +245,7 @@ class TrainConfig(Node):
     warm_start: str = ""
     watchdog_secs: float = 600.0
     compilation_cache: str = "~/.cache/moe_jax/compiled"
+    xla_options: str = ""
 
     def problems(self, path, root):
         if self.steps < 1:
@@ -263,6 +266,12 @@ class TrainConfig(Node):
             yield f"{path}.max_skipped={self.max_skipped}: must be at least 1"
         if self.watchdog_secs < 0:
             yield f"{path}.watchdog_secs={self.watchdog_secs}: must not be negative"
+        for entry in self.xla_options.split():
+            if not entry.startswith("xla_") or "=" not in entry:
+                yield (
+                    f"{path}.xla_options={self.xla_options!r}: {entry!r} is not an "
+                    "option; write xla_NAME=VALUE, with spaces between them"
+                )
 
 
 @node

@@ -11,7 +11,7 @@ from moe_jax import models
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.models.base import Model
-from moe_jax.parallel import batches, mesh, rules
+from moe_jax.parallel import batches, compiler, mesh, rules
 from moe_jax.train import optimizers, schedules, state, step
 from moe_jax.train.state import TrainState
 
@@ -100,8 +100,10 @@ def fresh_state(parts: Parts) -> TrainState:
 def lower_step(parts: Parts) -> jax.stages.Lowered:
     """The train step for the parts' shapes, `(state, batch)`, not yet compiled."""
     config = parts.config
+    kind = parts.mesh.devices.flat[0].device_kind
+    options = compiler.options(kind, config.train.xla_options)
     jitted = step.make_step(
-        config, parts.model, parts.optimizer, parts.schedule, parts.shardings
+        config, parts.model, parts.optimizer, parts.schedule, parts.shardings, options
     )
     batch = batches.abstract(
         parts.mesh, config.train.batch_size, config.data.sequence_length

@@ -269,6 +269,7 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     shardings: TrainState,
+    compiler_options: dict[str, str],
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; the state that goes in is donated."""
 
@@ -282,4 +283,9 @@ def make_step(
     # Without explicit output shardings the moments come back replicated.
     # Metrics are replicated, so that every host can read them.
     places = (shardings, shardings.step)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=places)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=places,
+        compiler_options=compiler_options,
+    )

@@ -308,6 +308,32 @@ def test_collective_of_another_core(walk, last):
     assert (total.seconds, total.exposed_seconds) == (20, 4)
 
 
+WRAPPED = f"""
+%called (p3: f32[50]) -> f32[100] {{
+  %p3 = f32[50]{{0:S(1)}} parameter(0)
+  ROOT %g3 = {GATHERED} all-gather(%p3), {GATHER}
+}}
+
+%wrapping (p4: f32[50]) -> f32[100] {{
+  %p4 = f32[50]{{0:S(1)}} parameter(0)
+  ROOT %c = {GATHERED} custom-call(%p4), called_computations={{%called}}
+}}
+"""
+
+
+def test_collective_that_starts_when_its_operands_come(walk):
+    """And that a custom call wraps."""
+    begun = "%start = ((), (), s32[1]) async-start(), calls=%wrapping"
+    sent = f"%update = (f32[50], {GATHERED}) async-update(%start, %x)"
+    done = f"%done = {GATHERED} async-done(%update)"
+    total = walk(f"{begun}\n{sent}\n%dot = {DOT}\n{done}", WRAPPED)
+    assert (total.seconds, total.exposed_seconds) == (20, 4)
+    # Before its operands are there, nothing travels.
+    total = walk(f"{begun}\n%dot = {DOT}\n{sent}\n{done}", WRAPPED)
+    assert total.exposed_seconds == 20 and total.seconds == 36
+    assert total.traffic[("all-gather", ("expert",))].count == 1
+
+
 def test_copy_by_another_core_takes_its_time(walk):
     copy = "%start = ((f32[400]), f32[400]) async-start(%big), calls=%copying"
     done = "%done = f32[400] async-done(%start)"

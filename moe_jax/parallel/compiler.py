@@ -1,0 +1,29 @@
+"""What XLA is told beside the program, by kind of chip."""
+
+# Chips with SparseCores can send weights while the matrix unit works: gathers and
+# reduce-scatters become asynchronous, which XLA leaves off (libtpu 0.0.52). Its
+# scheduler takes the gathers for shorter than they are, and would start them too late.
+_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_sparse_core_all_gather_latency_multiplier": "4",
+}
+# By JAX's `device_kind`.
+_BY_KIND = {
+    "TPU v5": _SPARSE_CORES,
+    "TPU v5p": _SPARSE_CORES,
+    "TPU v6 lite": _SPARSE_CORES,
+    "TPU v6e": _SPARSE_CORES,
+}
+
+
+def options(device_kind: str, own: str = "") -> dict[str, str]:
+    """Options for `jax.jit`.
+
+    Args:
+      device_kind: as JAX names it.
+      own: `TrainConfig.xla_options`; they go before the defaults.
+    """
+    given = dict(entry.split("=", 1) for entry in own.split())
+    chosen = _BY_KIND.get(device_kind, {}) | given
+    return {name: value for name, value in chosen.items() if value}

@@ -254,16 +254,23 @@ def _kernel_matmul(x: Array, w: Array, sizes: Array, interpret: bool) -> Array:
 
 
 def _forward(x, w, sizes, interpret):
-    return gmm(x, w, sizes, interpret=interpret), (x, w, sizes)
+    is_trained = () if w.perturbed else None
+    x, w, sizes = x.value, w.value, sizes.value
+    return gmm(x, w, sizes, interpret=interpret), (x, w, sizes, is_trained)
 
 
 def _reverse(interpret, saved, grad):
-    x, w, sizes = saved
+    x, w, sizes, is_trained = saved
+    grad_w = None
+    if is_trained is not None:
+        # First, so that it can travel while the rows' is computed.
+        grad_w = tgmm(x, grad, sizes, interpret=interpret)
+        grad, grad_w = jax.lax.optimization_barrier((grad, grad_w))
     grad_x = gmm(grad, w, sizes, transposed=True, interpret=interpret)
-    return grad_x, tgmm(x, grad, sizes, interpret=interpret), None
+    return grad_x, grad_w, None
 
 
-_kernel_matmul.defvjp(_forward, _reverse)
+_kernel_matmul.defvjp(_forward, _reverse, symbolic_zeros=True)
 
 
 def matmul(x: Array, w: Array, sizes: Array, interpret: bool | None = None) -> Array:

@@ -1,12 +1,14 @@
 """What XLA is told beside the program, by kind of chip."""
 
 # Chips with SparseCores can send weights while the matrix unit works: gathers and
-# reduce-scatters become asynchronous, which XLA leaves off (libtpu 0.0.52). Its
-# scheduler takes the gathers for shorter than they are, and would start them too late.
+# reduce-scatters become asynchronous, which XLA leaves off (libtpu 0.0.52). They queue,
+# and the scheduler takes them for longer than it would, or they would start too late.
 _SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": "true",
     "xla_tpu_sparse_core_all_gather_latency_multiplier": "4",
+    "xla_tpu_sparse_core_reduce_scatter_latency_multiplier": "4",
 }
 # By JAX's `device_kind`.
 _BY_KIND = {

@@ -72,6 +72,15 @@ def sharding(mesh: Mesh, axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, spec(axes))
 
 
+def whole(w: jax.Array) -> jax.Array:
+    """A small weight, gathered; its gradient is summed on every device.
+
+    Left to the compiler, its product goes round the mesh in as many small sends as
+    there are devices.
+    """
+    return constrain(w, *[None] * w.ndim)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the layout of an activation; does nothing where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:

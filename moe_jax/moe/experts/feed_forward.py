@@ -141,11 +141,11 @@ class FeedForwardExperts(nnx.Module):
         beyond the groups means nothing.
         """
         into = lambda name: _linear(rows["features"], weights, name, group_sizes)
-        hidden = checkpoint_name(into("up"), HIDDEN)
         if "w_gate" in weights:
-            hidden = self.act(checkpoint_name(into("gate"), HIDDEN)) * hidden
+            gate = checkpoint_name(into("gate"), HIDDEN)
+            hidden = self.act(gate) * checkpoint_name(into("up"), HIDDEN)
         else:
-            hidden = self.act(hidden)
+            hidden = self.act(checkpoint_name(into("up"), HIDDEN))
         if scale is not None:
             hidden = hidden * scale[:, None].astype(hidden.dtype)
         return _linear(hidden, weights, "down", group_sizes, scale)

@@ -7,6 +7,7 @@ from moe_jax import config
 from moe_jax.moe.noises.base import Noise
 from moe_jax.moe.routing import Array, Mode, Tokens
 from moe_jax.nn import module
+from moe_jax.parallel import rules
 
 
 @config.node
@@ -45,7 +46,7 @@ class LearnedGaussianNoise(Noise):
         self, logits_te: Array, tokens: Tokens, key: jax.Array, mode: Mode
     ) -> tuple[Array, Array]:
         x = tokens.features.astype(self.dtype)
-        std_te = jax.nn.softplus(x @ self.w[...]) + self.floor
+        std_te = jax.nn.softplus(x @ rules.whole(self.w[...])) + self.floor
         std_te = std_te.astype(logits_te.dtype)
         if not mode.train:
             return logits_te, std_te

@@ -9,6 +9,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.moe.routing import Array, Mode, Tokens
 from moe_jax.nn import module
+from moe_jax.parallel import rules
 
 # Added to a squared length: the length of a zero vector has no derivative.
 _TINY = 1e-12
@@ -85,7 +86,7 @@ class CosineScorer(nnx.Module):
         """Returns logits (T, E)."""
         x = tokens.features.astype(self.dtype)
         if hasattr(self, "w_proj"):
-            x = x @ self.w_proj[...]
-        cosine_te = unit(x, axis=-1) @ unit(self.w[...], axis=0)
+            x = x @ rules.whole(self.w_proj[...])
+        cosine_te = unit(x, axis=-1) @ unit(rules.whole(self.w[...]), axis=0)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], self.largest))
         return cosine_te * scale, carry

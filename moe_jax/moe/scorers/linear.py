@@ -6,6 +6,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.moe.routing import Array, Mode, Tokens
 from moe_jax.nn import module
+from moe_jax.parallel import rules
 
 
 @config.node
@@ -49,4 +50,4 @@ class LinearScorer(nnx.Module):
         self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
     ) -> tuple[Array, None]:
         """Returns logits (T, E)."""
-        return tokens.features.astype(self.dtype) @ self.w[...], carry
+        return tokens.features.astype(self.dtype) @ rules.whole(self.w[...]), carry

@@ -6,6 +6,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.moe.routing import Array, Mode, Tokens
 from moe_jax.nn import feedforward, module
+from moe_jax.parallel import rules
 
 
 @config.node
@@ -54,5 +55,7 @@ class MLPScorer(nnx.Module):
         self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
     ) -> tuple[Array, None]:
         """Returns logits (T, E)."""
-        hidden = self.act(tokens.features.astype(self.dtype) @ self.w_in[...])
+        hidden = self.act(
+            tokens.features.astype(self.dtype) @ rules.whole(self.w_in[...])
+        )
         return hidden @ self.w_out[...], carry

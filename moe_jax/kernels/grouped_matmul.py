@@ -1,20 +1,23 @@
 """Grouped matmul of rows sorted by group (Gale et al. 2022), with its derivative.
 
-TPUs have kernels of their own (`grouped_tpu`). Elsewhere `jax.lax.ragged_dot`
-multiplies, which costs G times the work there.
+TPUs and NVIDIA GPUs have kernels of their own (`grouped_tpu`, `grouped_gpu`).
+Elsewhere `jax.lax.ragged_dot` multiplies, which costs G times the work there.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.kernels import grouped_tpu
+from moe_jax.kernels import grouped_gpu, grouped_tpu
 from moe_jax.parallel.mesh import platform
 
 Array = jax.Array
 
 # Modules with `gmm` and `tgmm`, by platform.
-KERNELS = {"tpu": grouped_tpu}
+KERNELS = {"tpu": grouped_tpu, "gpu": grouped_gpu}
+# What they multiply; XLA does the rest.
+_TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 _CONTRACT_ROWS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
@@ -42,6 +45,12 @@ def _reverse(where, interpret, saved, grad):
 _kernel_matmul.defvjp(_forward, _reverse)
 
 
+def _kernels_for(x: Array, where: str | None) -> str | None:
+    """The platform whose kernels multiply x; None: XLA does."""
+    where = where or platform()
+    return where if where in KERNELS and x.dtype in _TYPES else None
+
+
 def matmul(
     x: Array,
     w: Array,
@@ -61,8 +70,8 @@ def matmul(
     Returns:
       (R, N); rows beyond the groups hold anything.
     """
-    where = where or platform()
-    if where in KERNELS:
+    where = _kernels_for(x, where)
+    if where:
         return _kernel_matmul(x, w, sizes, where, interpret)
     return jax.lax.ragged_dot(x, w, sizes)
 
@@ -86,7 +95,7 @@ def transposed_matmul(
     Returns:
       (G, K, N) of the type of x; zero for an empty group.
     """
-    where = where or platform()
-    if where in KERNELS:
+    where = _kernels_for(x, where)
+    if where:
         return KERNELS[where].tgmm(x, y, sizes, interpret=interpret)
     return jax.lax.ragged_dot_general(x, y, sizes, _CONTRACT_ROWS)

@@ -39,7 +39,11 @@ def products(x, w, grad, counts):
 @pytest.mark.parametrize("sizes", list(draws()), ids=str)
 def test_sizes_are_multiples_of_nothing(sizes):
     inputs = grouped.drawn(sizes, ROWS, K, N)
-    grouped.check(sizes, inputs, *products(*inputs, jnp.array(sizes, jnp.int32)))
+    found = products(*inputs, jnp.array(sizes, jnp.int32))
+    grouped.check(sizes, inputs, *found)
+    # A tile writes no rows but its own: on a device, those of the next are written by
+    # another program. The interpreter begins with NaN.
+    assert all(np.all(np.isnan(rows[sum(sizes) :])) for rows in found[:2])
 
 
 @pytest.mark.parametrize("sizes", list(draws()), ids=str)

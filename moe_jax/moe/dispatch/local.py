@@ -1,9 +1,9 @@
 """Rows that are here, served by the experts that are here, in rounds.
 
-Two layouts give the same result. On TPUs rows stand in one list, sorted by expert, for
-grouped matmuls: a matmul works on the rows there are. Elsewhere each expert has a
-bucket, for one batched matmul over padded rows: there a grouped matmul is a masked
-dense product.
+Two layouts give the same result. Where there are kernels for grouped matmuls (TPUs and
+GPUs) rows stand in one list, sorted by expert: a matmul works on the rows there are.
+Elsewhere each expert has a bucket, for one batched matmul over padded rows: there a
+grouped matmul is a masked dense product.
 """
 
 import functools
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.dispatch.common import Axes
 from moe_jax.moe.dispatch.permute import collect, fill, fill_weights
 from moe_jax.moe.dispatch.plan import (
@@ -55,8 +56,8 @@ class Local:
 
 
 def uses_lists() -> bool:
-    """Whether the platform has grouped matmuls."""
-    return platform() == "tpu"
+    """Whether the platform has kernels for grouped matmuls."""
+    return platform() in grouped_matmul.KERNELS
 
 
 def mean_rows(mean: float, num_local: int) -> float:

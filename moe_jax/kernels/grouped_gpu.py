@@ -10,8 +10,11 @@ that no size need be a multiple of anything. Sums are taken in single precision.
 
 Why kernels of our own: XLA (jax 0.11.2) makes a dense product of `jax.lax.ragged_dot`,
 and of the weights' gradient even where a flag gives the rest to cuDNN. tokamax 0.0.17
-has no such kernel without jax-triton, needs jax 0.11.1, and brings xprof, qwix and
-pydantic; the ragged products that come with JAX are examples for Hopper alone.
+needs jax 0.11.1, brings xprof, qwix and pydantic, and for GPUs jax-triton and more; the
+ragged products that come with JAX are examples for Hopper alone. jax 0.11 deprecates
+Pallas' Triton backend, so that later versions need a port to Mosaic.
+
+The kernels ran in the interpreter and were compiled for an H200; none has run on one.
 """
 
 from typing import NamedTuple

@@ -11,8 +11,8 @@ that no size need be a multiple of anything. Sums are taken in single precision.
 Why kernels of our own: XLA (jax 0.11.2) makes a dense product of `jax.lax.ragged_dot`,
 and of the weights' gradient even where a flag gives the rest to cuDNN. tokamax 0.0.17
 needs jax 0.11.1, brings xprof, qwix and pydantic, and for GPUs jax-triton and more; the
-ragged products that come with JAX are examples for Hopper alone. jax 0.11 deprecates
-Pallas' Triton backend, so that later versions need a port to Mosaic.
+ragged products that come with JAX are examples, each for one generation of GPUs. jax
+0.11 deprecates Pallas' Triton backend: later versions need a port to Mosaic.
 
 The kernels ran in the interpreter and were compiled for an H200; none has run on one.
 """

@@ -50,6 +50,13 @@ class Local:
         return jnp.sum(counts_e, dtype=jnp.int32) if self.in_lists else counts_e
 
     @property
+    def holds_all(self) -> bool:
+        """Whether one round serves any routing."""
+        plan = self.plan
+        most = plan.valid_tk.size if self.in_lists else plan.valid_tk.shape[0]
+        return plan.capacity >= most
+
+    @property
     def rounds(self) -> Array:
         """Rounds that serve them, () int32."""
         return rounds_needed(jnp.max(self.counts), self.plan.capacity)
@@ -94,6 +101,8 @@ def serve(run: Callable[..., Array], inputs, local: Local) -> Array:
       inputs: (rows (R, ...), weight_rk, weights of the experts), varying alike.
       local: the plan.
     """
+    if local.holds_all:  # A loop costs GPUs a wait, even where it does not run.
+        return _step(run, 0, inputs, local)
     return in_rounds(functools.partial(_step, run), inputs, local, local.rounds)
 
 

@@ -61,3 +61,21 @@ def axes_mesh():
         return mesh_lib.make_mesh(MeshConfig(**sizes), devices)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def absent_gpus():
+    """`absent_gpus(expert=4)`: programs are traced for a mesh of GPUs, not run."""
+
+    def make(**sizes):
+        shape = tuple(sizes.get(axis, 1) for axis in mesh_lib.AXES)
+        return jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh(
+                shape,
+                mesh_lib.AXES,
+                axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
+                abstract_device=jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu"),
+            )
+        )
+
+    return make

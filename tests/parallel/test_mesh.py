@@ -46,3 +46,9 @@ def test_a_product_that_does_not_fit_says_how_many_there_are(sizes, product):
     message = str(caught.value)
     assert product in message and "there are 8" in message
     assert "--xla_force_host_platform_device_count" in message
+
+
+def test_the_mesh_says_for_which_platform_is_traced(absent_gpus):
+    assert mesh.platform() == "cpu"
+    with absent_gpus(expert=4):
+        assert mesh.platform() == "gpu"

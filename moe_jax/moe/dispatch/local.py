@@ -1,9 +1,9 @@
 """Rows that are here, served by the experts that are here, in rounds.
 
-Two layouts give the same result. On TPUs rows stand in one list, sorted by expert, for
-grouped matmuls: a matmul works on the rows there are. Elsewhere each expert has a
-bucket, for one batched matmul over padded rows: there a grouped matmul is a masked
-dense product.
+Two layouts give the same result. Where there are kernels for grouped matmuls (TPUs and
+GPUs) rows stand in one list, sorted by expert: a matmul works on the rows there are.
+Elsewhere each expert has a bucket, for one batched matmul over padded rows: there a
+grouped matmul is a masked dense product.
 """
 
 import functools
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.dispatch.common import Axes
 from moe_jax.moe.dispatch.permute import collect, fill, fill_weights
 from moe_jax.moe.dispatch.plan import (
@@ -49,14 +50,21 @@ class Local:
         return jnp.sum(counts_e, dtype=jnp.int32) if self.in_lists else counts_e
 
     @property
+    def holds_all(self) -> bool:
+        """Whether one round serves any routing."""
+        plan = self.plan
+        most = plan.valid_tk.size if self.in_lists else plan.valid_tk.shape[0]
+        return plan.capacity >= most
+
+    @property
     def rounds(self) -> Array:
         """Rounds that serve them, () int32."""
         return rounds_needed(jnp.max(self.counts), self.plan.capacity)
 
 
 def uses_lists() -> bool:
-    """Whether the platform has grouped matmuls."""
-    return platform() == "tpu"
+    """Whether the platform has kernels for grouped matmuls."""
+    return platform() in grouped_matmul.KERNELS
 
 
 def mean_rows(mean: float, num_local: int) -> float:
@@ -93,6 +101,8 @@ def serve(run: Callable[..., Array], inputs, local: Local) -> Array:
       inputs: (rows (R, ...), weight_rk, weights of the experts), varying alike.
       local: the plan.
     """
+    if local.holds_all:  # A loop costs GPUs a wait, even where it does not run.
+        return _step(run, 0, inputs, local)
     return in_rounds(functools.partial(_step, run), inputs, local, local.rounds)
 
 

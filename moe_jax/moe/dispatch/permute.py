@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from moe_jax.kernels import grouped_matmul
 from moe_jax.moe.dispatch.plan import Round
 from moe_jax.moe.routing import Array
+from moe_jax.parallel.mesh import platform
 from moe_jax.parallel.varying import vary_like
 
 # Up to here the K slots of a token are summed by K gathers without a loop,
@@ -38,7 +39,9 @@ def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> A
         shape = weight_t.shape + (1,) * (rows.ndim - 1)
         return rows * weight_t.reshape(shape).astype(rows.dtype)
 
-    if turn.order_s is not None and x_sd.ndim == 2 and weight_tk is None:
+    in_list = turn.order_s is not None and x_sd.ndim == 2 and weight_tk is None
+    # GPUs gather and add in one pass; the other way puts rows in order first.
+    if in_list and platform() != "gpu":
         return _sum_of_list(x_sd, turn)
     slot_tk, served_tk = turn.slot_tk, turn.served_tk
     top_k = slot_tk.shape[1]

@@ -98,7 +98,7 @@ def dispatch(
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
     # A shard serves as many as it sends: the group's tokens are n T, its experts E / n.
     served = num_tokens * routing.expected_k
-    if not axes.expert:
+    if shards == 1:
         return _alone(options.capacity_factor, served, inputs, routing, experts, axes)
     mean = num_tokens / shards
     mean *= destinations(routing.expected_k, routing.num_experts, shards)

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/gpu.py`: each yields rows of figures for `Sizes`."""

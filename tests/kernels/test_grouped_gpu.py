@@ -116,7 +116,7 @@ def test_value_and_gradients_are_kernels_on_a_gpu(absent_gpus, dtype):
     with absent_gpus():
         traced = jax.jit(gradients).trace(*given)
         lowered = traced.lower(lowering_platforms=("cuda",))
-    assert kernels_in(lowered) == {"gmm_kernel": 2, "tgmm_kernel": 1}
+    assert kernels_in(lowered) == {"gmm": 2, "tgmm": 1}
     # Otherwise Triton would multiply float32 as TF32.
     exact = str(traced.jaxpr).count("Precision.HIGHEST, Precision.HIGHEST")
     assert exact == (3 if dtype == jnp.float32 else 0)

@@ -11,6 +11,7 @@ from moe_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from moe_jax.data.sources import PythonSource
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -32,10 +33,11 @@ def get_config() -> Config:
                 num_experts=16,
                 experts=ExpertFeedForward(d_ff=512),
                 selector=TopK(top_k=2),
+                dispatch=Auto(),
             ),
             tie_embeddings=False,
             dtype="bfloat16",
-            remat="full",
+            remat="attention+exchanges",
         ),
         objective=NextToken(),
         data=DataConfig(source=PythonSource(), tokenizer=Bytes(), sequence_length=1024),

@@ -13,6 +13,7 @@ from moe_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from moe_jax.data.sources import PythonSource
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -35,12 +36,13 @@ def get_config() -> Config:
                 experts=ExpertFeedForward(d_ff=1408),
                 shared_d_ff=2 * 1408,
                 selector=TopK(top_k=6, renormalize=False),
+                dispatch=Auto(),
                 first_dense=1,
                 dense_d_ff=10944,
             ),
             tie_embeddings=False,
             dtype="bfloat16",
-            remat="full",
+            remat="attention",
         ),
         objective=NextToken(),
         data=DataConfig(source=PythonSource(), tokenizer=Bytes(), sequence_length=4096),

@@ -11,6 +11,7 @@ from moe_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from moe_jax.data.sources import PythonSource
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -33,6 +34,7 @@ def get_config() -> Config:
                 num_experts=8,
                 experts=ExpertFeedForward(d_ff=14336),
                 selector=TopK(top_k=2),
+                dispatch=Auto(),
             ),
             rope_theta=1e6,
             norm_eps=1e-5,

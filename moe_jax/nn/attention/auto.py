@@ -48,7 +48,8 @@ def choose(
     if keys <= SHORT.get(where, SHORT["gpu"]):
         return scores.Scores()
     if where == "tpu" and splash.fits(queries):
-        return splash.Splash()
+        # The parts of the queries' gradient that one kernel keeps are few then.
+        return splash.Splash(fused_backward=keys <= 2 * splash.Splash().block_kv)
     if where == "gpu" and not cudnn.misfit(dtype, head_dim, queries):
         return cudnn.CuDNN()
     return blocked.Blocked() if where == "cpu" else blocked.Blocked(block=LARGE_BLOCK)

@@ -153,7 +153,9 @@ class Bench:
     def _calls(self, calls: int) -> tuple[dict[str, Times], tuple[int, int]]:
         """Calls on an idle device, the step's and a bare jit's in turn.
 
-        Both take and give the same arrays; the bare one as flat tuples.
+        Both take and give the same arrays; the bare one as flat tuples. On a CPU the
+        work of the devices slows the caller: each call follows a step, which leaves
+        nothing of the caller's in the caches, and the bare one has work too.
 
         Returns:
           Times by the names of `Report`, and the number of leaves in and out.
@@ -163,14 +165,15 @@ class Bench:
         metrics = jax.tree.leaves(self._run.out_info[1])
 
         def pass_on(state, batch):
-            kept = jax.lax.optimization_barrier(state)
-            return kept, tuple(jnp.zeros(m.shape, m.dtype) for m in metrics)
+            kept, done = jax.lax.optimization_barrier((state, _some_work()))
+            return kept, tuple(jnp.full(m.shape, done, m.dtype) for m in metrics)
 
         replicated = (self.parts.shardings.step,) * len(metrics)
         places = tuple(leaf.sharding for leaf in leaves), replicated
         bare = jax.jit(pass_on, donate_argnums=0, out_shardings=places)
         taken = {"dispatch": [], "bare": [], "returns": []}
         for number in range(calls + 1):
+            state, _, _ = _call(self._run, state, self._batch)
             state, own, wall = _call(self._run, state, self._batch)
             flat, other, _ = _call(bare, tuple(jax.tree.leaves(state)), batch)
             state = jax.tree.unflatten(tree, flat)
@@ -181,6 +184,13 @@ class Bench:
         self._state = state
         counts = len(leaves) + len(batch), len(leaves) + len(metrics)
         return {name: Times(tuple(s)) for name, s in taken.items()}, counts
+
+
+def _some_work() -> jax.Array:
+    """() float, after a few milliseconds of a CPU's time."""
+    square = jax.lax.optimization_barrier(jnp.ones((256, 256)))
+    work = lambda _, x: x @ square / 256
+    return jax.lax.fori_loop(0, 100, work, square)[0, 0]
 
 
 def _call(run, state, batch):

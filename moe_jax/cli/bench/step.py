@@ -24,7 +24,7 @@ def define_flags() -> None:
     common.define_config(default="configs/quickstart.py")
     flags.DEFINE_integer("steps", 20, "Timed steps.", 1)
     flags.DEFINE_integer("warm_up", 3, "Steps before them.", 1)
-    flags.DEFINE_integer("calls", 30, "Calls on an idle device, of each kind.", 1)
+    flags.DEFINE_integer("calls", 15, "Calls on an idle device, of each kind.", 1)
     common.define_json()
 
 
@@ -81,8 +81,10 @@ def _lines(report, parts):
         f"before {report.idle_steps} of {len(report.step.seconds)}",
     )
     into, out = report.leaves
-    calls = len(report.dispatch.seconds)
-    yield f"host, of {calls} calls each in turn on an idle device, {into} arrays in, {out} out"
+    yield (
+        f"host: {len(report.dispatch.seconds)} calls of each in turn on an idle "
+        f"device, {into} arrays in and {out} out"
+    )
     yield _row("start a step, ms of CPU", report.dispatch.shown(ms))
     yield _row("start a bare jit, ms", report.bare.shown(ms))
     yield _row("ratio of the medians", f"{report.host_ratio:.2f}")

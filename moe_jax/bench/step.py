@@ -29,7 +29,8 @@ class Report:
       placing: what it took to make arrays over the mesh of them.
       idle_steps: steps before which the device was found without work.
       dispatch: processor time of the thread that calls the step, on an idle device.
-      bare: the same of a plain `jax.jit` with as many leaves.
+      bare: the same of a plain `jax.jit` with as many leaves, in flat tuples.
+      bare_trees: the same of one with the step's trees.
       returns: time until the step's call returns; where the devices are the host's
         own cores, they take them from the caller.
       leaves: in and out.
@@ -47,6 +48,7 @@ class Report:
     idle_steps: int
     dispatch: Times
     bare: Times
+    bare_trees: Times
     returns: Times
     leaves: tuple[int, int]
     tokens: int
@@ -151,39 +153,49 @@ class Bench:
         return Times(lasted), Times(waits[timed]), Times(places[timed]), idle
 
     def _calls(self, calls: int) -> tuple[dict[str, Times], tuple[int, int]]:
-        """Calls on an idle device, the step's and a bare jit's in turn.
+        """Calls on an idle device in turn: the step's, and those of bare jits.
 
-        Both take and give the same arrays; the bare one as flat tuples. On a CPU the
-        work of the devices slows the caller: each call follows a step, which leaves
-        nothing of the caller's in the caches, and the bare one has work too.
+        All take and give the same arrays, the bare ones as flat tuples or as the
+        step's trees. On a CPU the work of the devices slows the caller: each call
+        follows a step, which leaves nothing of the caller's in the caches, and the
+        bare ones have work too.
 
         Returns:
           Times by the names of `Report`, and the number of leaves in and out.
         """
-        state, batch = self._state, tuple(jax.tree.leaves(self._batch))
+        state, batch = self._state, self._batch
         leaves, tree = jax.tree.flatten(state)
-        metrics = jax.tree.leaves(self._run.out_info[1])
-
-        def pass_on(state, batch):
-            kept, done = jax.lax.optimization_barrier((state, _some_work()))
-            return kept, tuple(jnp.full(m.shape, done, m.dtype) for m in metrics)
-
-        replicated = (self.parts.shardings.step,) * len(metrics)
-        places = tuple(leaf.sharding for leaf in leaves), replicated
-        bare = jax.jit(pass_on, donate_argnums=0, out_shardings=places)
-        taken = {"dispatch": [], "bare": [], "returns": []}
+        given, metrics = tuple(jax.tree.leaves(batch)), self._run.out_info[1]
+        flat_metrics = tuple(jax.tree.leaves(metrics))
+        one = self.parts.shardings.step
+        places = tuple(leaf.sharding for leaf in leaves)
+        flat = _bare(flat_metrics, (places, (one,) * len(flat_metrics)))
+        in_trees = _bare(metrics, (self.parts.shardings, one))
+        taken = {"dispatch": [], "bare": [], "bare_trees": [], "returns": []}
         for number in range(calls + 1):
-            state, _, _ = _call(self._run, state, self._batch)
-            state, own, wall = _call(self._run, state, self._batch)
-            flat, other, _ = _call(bare, tuple(jax.tree.leaves(state)), batch)
-            state = jax.tree.unflatten(tree, flat)
+            state, own, wall = _call(self._run, state, batch)
+            rows, of_flat, _ = _call(flat, tuple(jax.tree.leaves(state)), given)
+            state, _, _ = _call(self._run, jax.tree.unflatten(tree, rows), batch)
+            state, of_trees, _ = _call(in_trees, state, batch)
+            state, _, _ = _call(self._run, state, batch)
             if number:  # The first compiles.
-                taken["dispatch"].append(own)
-                taken["bare"].append(other)
-                taken["returns"].append(wall)
+                found = (own, of_flat, of_trees, wall)
+                for name, seconds in zip(taken, found, strict=True):
+                    taken[name].append(seconds)
         self._state = state
-        counts = len(leaves) + len(batch), len(leaves) + len(metrics)
+        counts = len(leaves) + len(given), len(leaves) + len(flat_metrics)
         return {name: Times(tuple(s)) for name, s in taken.items()}, counts
+
+
+def _bare(metrics, places):
+    """A jit of `(state, batch) -> state, metrics` that only passes the state on."""
+
+    def pass_on(state, batch):
+        kept, done = jax.lax.optimization_barrier((state, _some_work()))
+        full = lambda m: jnp.full(m.shape, done, m.dtype)
+        return kept, jax.tree.map(full, metrics)
+
+    return jax.jit(pass_on, donate_argnums=0, out_shardings=places)
 
 
 def _some_work() -> jax.Array:

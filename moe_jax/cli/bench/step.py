@@ -86,8 +86,9 @@ def _lines(report, parts):
         f"device, {into} arrays in and {out} out"
     )
     yield _row("start a step, ms of CPU", report.dispatch.shown(ms))
-    yield _row("start a bare jit, ms", report.bare.shown(ms))
-    yield _row("ratio of the medians", f"{report.host_ratio:.2f}")
+    yield _row("start a bare jit", report.bare.shown(ms))
+    yield _row("the same, in trees", report.bare_trees.shown(ms))
+    yield _row("step over bare jit", f"{report.host_ratio:.2f}")
     yield _row("call returns after, ms", report.returns.shown(ms))
 
 

@@ -138,8 +138,8 @@ def test_quartiles():
         pattern="p", dispatch="d", seconds=(5.0, 1.0, 2.0, 3.0, 4.0), rounds=1,
         assignments=0, dropped=0, capacity=0, peak_fill=0, errors={}, problem="",
     )  # fmt: skip
-    assert (row.median, row.quartiles) == (3, (2, 4))
-    assert dataclasses.replace(row, seconds=(7.0,)).quartiles == (7, 7)
+    assert (row.median, row.times.quartiles) == (3, (2, 4))
+    assert dataclasses.replace(row, seconds=(7.0,)).times.quartiles == (7, 7)
 
 
 def test_finds_a_lost_token(broken):

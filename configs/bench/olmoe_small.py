@@ -12,6 +12,7 @@ from moe_jax.data.sources import PythonSource
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
 from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -32,6 +33,7 @@ def get_config() -> Config:
                 num_experts=64,
                 experts=ExpertFeedForward(d_ff=256),
                 selector=TopK(top_k=8, renormalize=False),
+                dispatch=Auto(),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.0),
             ),
             qk_norm=True,

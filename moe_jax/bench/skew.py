@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import statistics
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from moe_jax.bench import layer as layer_lib
 from moe_jax.bench import oracle as oracle_lib
 from moe_jax.bench import patterns
 from moe_jax.bench.layer import Layer
+from moe_jax.bench.timing import Times, in_turn
 from moe_jax.config import DispatchConfig, MeshConfig
 from moe_jax.moe.dispatch import MAY_DROP
 from moe_jax.moe.dispatch.auto import Auto, choose
@@ -81,15 +82,12 @@ class Row:
         return self.dropped / max(1, self.assignments)
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
+    def times(self) -> Times:
+        return Times(self.seconds)
 
     @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
+    def median(self) -> float:
+        return self.times.median
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class Bench:
             expert_shards=layer_lib.expert_shards(mesh),
         )
         inputs = layer_lib.draw(layer, rules.size(self.mesh, "batch"), seed)
-        self._oracle = oracle_lib.Oracle(layer, inputs)
+        self._inputs = inputs
         self._batch_shape = inputs.x.shape[:2]
         tokens = rules.sharding(self.mesh, ("batch", "sequence", None))
         of_weights = rules.tree_shardings(self.mesh, layer_lib.experts(layer).axes)
@@ -142,6 +140,10 @@ class Bench:
         full = jax.default_matmul_precision(precision)
         with double, full, jax.set_mesh(self.mesh):
             yield
+
+    @functools.cached_property
+    def _oracle(self) -> oracle_lib.Oracle:
+        return oracle_lib.Oracle(self.layer, self._inputs)
 
     def compile(self, options: DispatchConfig) -> Program:
         """Compiles a dispatch."""
@@ -202,17 +204,28 @@ class Bench:
         with self._setting():
             given = self._arguments(*choices)
             found = [jax.device_get(program.run(*given)) for program in programs]
-            seconds = [[] for _ in programs]
-            for _ in range(repeats):
-                for program, taken in zip(programs, seconds, strict=True):
-                    begin = time.perf_counter()
-                    jax.block_until_ready(program.run(*given))
-                    taken.append(time.perf_counter() - begin)
+        times = self.times(pattern, programs, repeats, warm_up=0)
         want = self._oracle(*choices)
         return [
-            self._row(pattern, program, tuple(taken), choices, want, *got)
-            for program, taken, got in zip(programs, seconds, found, strict=True)
+            self._row(pattern, program, taken.seconds, choices, want, *got)
+            for program, taken, got in zip(programs, times, found, strict=True)
         ]
+
+    def times(
+        self,
+        pattern: str,
+        programs: Sequence[Program],
+        repeats: int,
+        warm_up: int = 1,
+        beside: Callable[[], Any] | None = None,
+    ) -> list[Times]:
+        """Times of the programs under a pattern, in their order; last of `beside`."""
+        with self._setting():
+            given = self._arguments(*patterns.make(pattern, self._sizes, self._seed))
+            calls = {i: lambda p=p: p.run(*given) for i, p in enumerate(programs)}
+            if beside is not None:
+                calls[len(calls)] = beside
+            return list(in_turn(calls, repeats, warm_up).values())
 
     def _row(self, pattern, program, seconds, choices, want, results, stats) -> Row:
         expert_tk, valid_tk = choices

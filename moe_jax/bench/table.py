@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from moe_jax.bench.layer import Layer
 from moe_jax.bench.oracle import TOLERANCE
 from moe_jax.bench.skew import Load, Program, Row
+from moe_jax.bench.timing import Times
 
 # Widths of columns.
 _OPTIONS, _NAME = 52, 14
@@ -73,7 +74,7 @@ def rows(load: Load, found: Sequence[Row]) -> Iterator[str]:
         f"{load.shard:.1f} x"
     )
     for row in found:
-        low, high = (f"{1e3 * q:.2f}" for q in row.quartiles)
+        low, high = (f"{1e3 * q:.2f}" for q in row.times.quartiles)
         share = f" ({row.dropped_share:.1%})" if row.dropped else ""
         yield (
             f"  {row.dispatch:<{_NAME - 2}}{1e3 * row.median:>9.2f}"
@@ -131,3 +132,26 @@ def figures(
             for row in found
         ],
     }
+
+
+def speed_heading() -> str:
+    return (
+        f"{'dispatch':<{_NAME}}{'ms, median (quartiles)':>28}{'useful GFLOP/s':>16}"
+        f"{'of dense':>10}"
+    )
+
+
+def speed(program: Program, times: Times, flops: float, dense_rate: float) -> str:
+    """One dispatch; rates are of all devices together."""
+    rate = flops / times.median
+    return (
+        f"{program.name:<{_NAME}}{times.shown():>28}{rate / 1e9:>16.1f}"
+        f"{rate / dense_rate:>10.1%}"
+    )
+
+
+def dense_speed(times: Times, flops: float, devices: int) -> str:
+    """The dense matmul that the others are held against."""
+    alone = f"{flops / times.median / 1e9:>16.1f}"
+    over = f", {devices} times that is 100%" if devices > 1 else ""
+    return f"{'dense matmul':<{_NAME}}{times.shown():>28}{alone}  on one device{over}"

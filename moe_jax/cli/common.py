@@ -15,6 +15,7 @@ of the user, 1 with a stack trace for anything else, 130 after Ctrl-C.
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 import traceback
 import typing
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
+import moe_jax
 from moe_jax import config as config_lib
 from moe_jax.cli import config_file
 from moe_jax.config import Config, Node
@@ -46,8 +48,19 @@ class _ConfigParser(flags.ArgumentParser):
         return "config file"
 
 
-def define_config(help_text: str = "The experiment: FILE or FILE:VARIANT.") -> None:
-    """Defines `--config=FILE[:arg]` and its overrides `--config.a.b=value`."""
+def define_config(default: str = "") -> None:
+    """Defines `--config=FILE[:arg]` and its overrides `--config.a.b=value`.
+
+    Args:
+      default: what is taken where no file is named, from the folder of the checkout.
+    """
+    help_text = "The experiment: FILE or FILE:VARIANT."
+    if default:
+        help_text += f" Default: {default}."
+        path = pathlib.Path(moe_jax.__file__).parents[1] / default
+        named = any(arg.lstrip("-").split("=")[0] == "config" for arg in sys.argv[1:])
+        if not named and path.exists():
+            sys.argv.insert(1, f"--config={path}")
     config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
     FLAGS["config"].parser = _ConfigParser()
 

@@ -17,6 +17,10 @@ COMMANDS = {
     "generate": "write text from a checkpoint",
     "plan": "say what a step needs and costs on devices that are not there",
     "check": "show that this config gives the same numbers on every mesh",
+    "bench step": "train some steps and say where their time goes",
+    "bench layer": "compare an MoE layer's speed with that of a dense matmul",
+    "bench data": "measure how fast the input pipeline gives batches",
+    "bench compile": "measure how long a step takes to compile, and its memory",
     "bench skew": "compare the dispatches under routings from even to one expert",
 }
 

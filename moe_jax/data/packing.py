@@ -9,8 +9,9 @@ which and `positions` restarts with each.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-Row = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]
 
 
 def num_full_rows(num_tokens: int, sequence_length: int) -> int:
@@ -23,51 +24,67 @@ def num_rows(num_tokens: int, sequence_length: int) -> int:
     return -(-num_tokens // sequence_length)
 
 
-def make_row(
-    tokens: np.ndarray, offsets: np.ndarray, row: int, sequence_length: int
-) -> Row:
-    """Row number `row`, in time that does not depend on the size of the split.
+def make_rows(
+    tokens: np.ndarray, offsets: np.ndarray, numbers: ArrayLike, sequence_length: int
+) -> Rows:
+    """The rows of these numbers, in time that does not depend on the split's size.
 
     Args:
       tokens: the joined documents (N,), any integer type.
       offsets: int64 (documents + 1,), where each begins; the last is N. None is empty.
-      row: from 0; past the last there is only padding.
+      numbers: (b,) from 0; past the last row there is only padding.
       sequence_length: S.
 
     Returns:
-      `tokens` int32 (S,), 0 where padded; `targets` int32 (S,), 0 where there is
-      none; `weights` float32 (S,), 1 where the target counts; `positions` int32 (S,)
-      within the segment; `segments` int32 (S,), 1, 2, .. by document, 0 where padded.
+      `tokens` int32 (b, S), 0 where padded; `targets` int32 (b, S), 0 where there is
+      none; `weights` float32 (b, S), 1 where the target counts; `positions` int32
+      (b, S) within the segment; `segments` int32 (b, S), 1, 2, .. by document, 0 where
+      padded.
     """
-    out = padding_rows(1, sequence_length)
-    out = {name: value[0] for name, value in out.items()}
-    num_tokens = int(offsets[-1])
-    start = row * sequence_length
-    stop = min(start + sequence_length, num_tokens)
-    length = stop - start
-    if length <= 0:
-        return out
-    # Documents first..last have a token here; `last` may begin right after the row,
-    # which tells whether the last target lies in another document.
-    first = int(np.searchsorted(offsets, start, side="right")) - 1
-    last = int(np.searchsorted(offsets, stop, side="right")) - 1
-    starts = np.asarray(offsets[first + 1 : last + 1]) - start
-    inside = starts[starts < length]
-
-    out["tokens"][:length] = tokens[start:stop]
-    following = tokens[start + 1 : stop + 1]
-    out["targets"][: len(following)] = following
-    out["weights"][:length] = 1
-    out["weights"][starts - 1] = 0  # an input that ends its document
-    new = np.zeros(length, np.int32)
-    new[inside] = 1
-    out["segments"][:length] = 1 + np.cumsum(new)
-    index = np.arange(length, dtype=np.int32)
-    out["positions"][:length] = index - np.maximum.accumulate(index * new)
+    start_b = np.asarray(numbers, np.int64) * sequence_length
+    length_b = np.clip(int(offsets[-1]) - start_b, 0, sequence_length)
+    out = padding_rows(len(start_b), sequence_length)
+    for b, (start, length) in enumerate(
+        zip(start_b.tolist(), length_b.tolist(), strict=True)
+    ):
+        following = tokens[start + 1 : start + length + 1]
+        out["tokens"][b, :length] = tokens[start : start + length]
+        out["targets"][b, : len(following)] = following
+        out["weights"][b, :length] = 1
+    row_d, begin_d = _begins(offsets, start_b, length_b)
+    out["weights"][row_d, begin_d - 1] = 0  # an input that ends its document
+    inside_d = begin_d < length_b[row_d]
+    row_d, begin_d = row_d[inside_d], begin_d[inside_d]
+    # Documents are counted, and the place of the last begin kept, up to each token.
+    segments, begins = out["segments"], out["positions"]
+    segments[:, 0], segments[row_d, begin_d] = 1, 1
+    np.cumsum(segments, axis=1, out=segments)
+    begins[row_d, begin_d] = begin_d
+    np.maximum.accumulate(begins, axis=1, out=begins)
+    index = np.arange(sequence_length, dtype=np.int32)
+    np.subtract(index, begins, out=out["positions"])
+    for b in np.flatnonzero(length_b < sequence_length):
+        segments[b, length_b[b] :] = out["positions"][b, length_b[b] :] = 0
     return out
 
 
-def padding_rows(count: int, sequence_length: int) -> Row:
+def _begins(
+    offsets: np.ndarray, start_b: np.ndarray, length_b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where documents begin, (D,) each: in which row, and at which place in (0, S].
+
+    One that begins right after a row is among them: it tells whether the last target
+    lies in another document.
+    """
+    first_b = np.searchsorted(offsets, start_b, side="right")
+    count_b = np.searchsorted(offsets, start_b + length_b, side="right") - first_b
+    row_d = np.repeat(np.arange(len(start_b)), count_b)
+    before_b = np.cumsum(count_b) - count_b
+    document_d = np.arange(len(row_d)) + (first_b - before_b)[row_d]
+    return row_d, offsets[document_d] - start_b[row_d]
+
+
+def padding_rows(count: int, sequence_length: int) -> Rows:
     """`count` rows in which nothing counts; each array is (count, S)."""
     dtypes = {
         "tokens": np.int32,
@@ -78,8 +95,3 @@ def padding_rows(count: int, sequence_length: int) -> Row:
     }
     shape = (count, sequence_length)
     return {name: np.zeros(shape, dtype) for name, dtype in dtypes.items()}
-
-
-def stack(rows: list[Row]) -> Row:
-    """Rows (S,) as a batch (number of rows, S)."""
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,7 +1,7 @@
 """From a config to batches: the one entry to this folder."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class TextData:
 
     A batch has `tokens`, `targets`, `positions` and `segments`, int32 (b, S), and
     `weights`, float32 (b, S), with b the part of the batch of this process;
-    `packing.make_row` says what they hold.
+    `packing.make_rows` says what they hold.
 
     Attributes:
       tokenizer: see `tokenizers`.
@@ -89,9 +89,13 @@ class TextData:
 
     def row(self, split: str, number: int) -> Batch:
         """Row `number` of the split, arrays (S,); past the last it is padding."""
+        return {name: value[0] for name, value in self.rows(split, [number]).items()}
+
+    def rows(self, split: str, numbers: Sequence[int]) -> Batch:
+        """The same of several rows, arrays (b, S)."""
         files = self._files[split]
-        return packing.make_row(
-            files.tokens, files.offsets, number, self.sequence_length
+        return packing.make_rows(
+            files.tokens, files.offsets, numbers, self.sequence_length
         )
 
     def train_batches(
@@ -125,7 +129,7 @@ class TextData:
         def batch(step: int) -> Batch:
             begin = step * batch_size + first
             numbers = [order[i] for i in range(begin, begin + count)]
-            return packing.stack([self.row("train", number) for number in numbers])
+            return self.rows("train", numbers)
 
         steps = grain.MapDataset.range(start_step, start_step + num_steps).map(batch)
         # A row is a slice of a mapped file: more threads than one only contend.
@@ -159,8 +163,7 @@ class TextData:
 
         def batch(number: int) -> Batch:
             begin = number * batch_size + first
-            numbers = range(begin, begin + count)
-            return packing.stack([self.row("validation", n) for n in numbers])
+            return self.rows("validation", range(begin, begin + count))
 
         return map(batch, range(num_batches))
 

@@ -1,7 +1,8 @@
 """Grouped matmul of rows sorted by group (Gale et al. 2022), with its derivative.
 
-TPUs and NVIDIA GPUs have kernels of their own (`grouped_tpu`, `grouped_gpu`).
-Elsewhere `jax.lax.ragged_dot` multiplies, which costs G times the work there.
+TPUs and NVIDIA GPUs have kernels of their own (`grouped_tpu`, `grouped_gpu`), CPUs
+have loops (`grouped_cpu`). Elsewhere, and where a kernel does not take the type,
+`jax.lax.ragged_dot` multiplies, which costs G times the work there.
 """
 
 import functools
@@ -9,14 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels import grouped_gpu, grouped_tpu
+from moe_jax.kernels import grouped_cpu, grouped_gpu, grouped_tpu
 from moe_jax.parallel.mesh import platform
 
 Array = jax.Array
 
 # Modules with `gmm` and `tgmm`, by platform.
-KERNELS = {"tpu": grouped_tpu, "gpu": grouped_gpu}
-# What they multiply; XLA does the rest.
+KERNELS = {"tpu": grouped_tpu, "gpu": grouped_gpu, "cpu": grouped_cpu}
+# What those of accelerators multiply; XLA does the rest.
 _TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 _CONTRACT_ROWS = jax.lax.RaggedDotDimensionNumbers(
@@ -55,7 +56,8 @@ _kernel_matmul.defvjp(_forward, _reverse, symbolic_zeros=True)
 def _kernels_for(x: Array, where: str | None) -> str | None:
     """The platform whose kernels multiply x; None: XLA does."""
     where = where or platform()
-    return where if where in KERNELS and x.dtype in _TYPES else None
+    takes = where == "cpu" or x.dtype in _TYPES
+    return where if where in KERNELS and takes else None
 
 
 def matmul(

@@ -97,8 +97,8 @@ def fresh_state(parts: Parts) -> TrainState:
         return jax.jit(make, out_shardings=parts.shardings)(key)
 
 
-def lower_step(parts: Parts) -> jax.stages.Lowered:
-    """The train step for the parts' shapes, `(state, batch)`, not yet compiled."""
+def trace_step(parts: Parts) -> jax.stages.Traced:
+    """The train step for the parts' shapes, `(state, batch)`, traced."""
     config = parts.config
     kind = parts.mesh.devices.flat[0].device_kind
     options = compiler.options(kind, config.train.xla_options)
@@ -109,7 +109,13 @@ def lower_step(parts: Parts) -> jax.stages.Lowered:
         parts.mesh, config.train.batch_size, config.data.sequence_length
     )
     with jax.set_mesh(parts.mesh):
-        return jitted.lower(parts.abstract, batch)
+        return jitted.trace(parts.abstract, batch)
+
+
+def lower_step(parts: Parts) -> jax.stages.Lowered:
+    """The same, lowered and not yet compiled."""
+    with jax.set_mesh(parts.mesh):
+        return trace_step(parts).lower()
 
 
 def compile_step(parts: Parts) -> jax.stages.Compiled:

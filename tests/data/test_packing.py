@@ -38,6 +38,11 @@ def slow_row(lengths, row, sequence_length):
     return out
 
 
+def row_of(tokens, offsets, number, sequence_length):
+    rows = packing.make_rows(tokens, offsets, [number], sequence_length)
+    return {name: value[0] for name, value in rows.items()}
+
+
 def assert_rows_equal(got, want):
     assert got.keys() == want.keys()
     for name in want:
@@ -47,7 +52,7 @@ def assert_rows_equal(got, want):
 
 def test_row_by_hand():
     tokens, offsets = stream([3, 2, 4])
-    row = packing.make_row(tokens, offsets, 1, 4)
+    row = row_of(tokens, offsets, 1, 4)
     np.testing.assert_array_equal(row["tokens"], [104, 105, 106, 107])
     np.testing.assert_array_equal(row["targets"], [105, 106, 107, 108])
     np.testing.assert_array_equal(row["weights"], [0, 1, 1, 1])
@@ -60,9 +65,10 @@ def test_row_by_hand():
 def test_rows_match_loop_over_documents(lengths, sequence_length):
     tokens, offsets = stream(lengths)
     count = packing.num_rows(len(tokens), sequence_length)
-    for row in range(count + 2):  # two more, which are padding
-        got = packing.make_row(tokens, offsets, row, sequence_length)
-        assert_rows_equal(got, slow_row(lengths, row, sequence_length))
+    numbers = [*range(count + 2)][::-1]  # two more, which are padding
+    got = packing.make_rows(tokens, offsets, numbers, sequence_length)
+    wanted = [slow_row(lengths, number, sequence_length) for number in numbers]
+    assert_rows_equal(got, {n: np.stack([w[n] for w in wanted]) for n in got})
 
 
 @hypothesis.given(DOCUMENTS, st.integers(1, 12))
@@ -71,7 +77,7 @@ def test_each_token_but_first_of_document_is_scored_once(lengths, sequence_lengt
     tokens, offsets = stream(lengths)
     scored = []
     for number in range(packing.num_rows(len(tokens), sequence_length)):
-        row = packing.make_row(tokens, offsets, number, sequence_length)
+        row = row_of(tokens, offsets, number, sequence_length)
         scored += row["targets"][row["weights"] > 0].tolist()
     firsts = set(tokens[offsets[:-1]].tolist())
     assert scored == [t for t in tokens.tolist() if t not in firsts]

@@ -41,8 +41,10 @@ def name(value):
     ("cls", "mesh", "kind", "top_k", "length"), list(cases()), ids=name
 )
 def test_outputs_and_gradients_are_those_of_the_oracle(
-    float64, axes_mesh, cls, mesh, kind, top_k, length
+    float64, axes_mesh, monkeypatch, cls, mesh, kind, top_k, length
 ):
+    """Where no platform multiplies groups of rows: local rows in buckets."""
+    monkeypatch.setattr(local, "uses_lists", lambda: False)
     equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, length)
 
 
@@ -58,8 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_oracle(
 def test_lists_equal_the_oracle(
     float64, axes_mesh, monkeypatch, cls, mesh, kind, top_k
 ):
-    """The layout of TPUs, with XLA's grouped matmul in place of the kernel."""
-    monkeypatch.setattr(local, "uses_lists", lambda: True)
+    """Local rows in lists, as they are by default."""
     # As small as buckets are, so that there are several rounds.
     monkeypatch.setattr(plan, "_LIST_MULTIPLE", 8)
     equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, 32, in_lists=True)

@@ -14,8 +14,7 @@ D, over the n shards of the expert group, with n' the shards that a token visits
 they grow with n, and n is then below K times the padding. The other is `Ragged` on
 TPUs, where grouped matmuls and `ragged_all_to_all` are at hand (1.25 stands for the
 copies around that exchange), and `Exact` elsewhere. With one shard nothing is exchanged
-and the other is taken as it is, but on GPUs it is `Ragged` too: its list of rows needs
-one round under any routing.
+and `Ragged` is taken everywhere: its list of rows needs one round under any routing.
 """
 
 import math
@@ -60,7 +59,7 @@ def choose(
     """
     mean = num_tokens * expected_k / num_experts
     padding = bucket_rows(mean, 0.0, num_tokens) / max(mean, 1e-9)
-    if where == "tpu" or (where == "gpu" and shards == 1):
+    if where == "tpu" or shards == 1:
         other = ragged.Ragged()
         visits = ragged.destinations(expected_k, num_experts, shards)
         sent = visits * _RAGGED_COPIES

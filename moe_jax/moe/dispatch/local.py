@@ -1,9 +1,9 @@
 """Rows that are here, served by the experts that are here, in rounds.
 
-Two layouts give the same result. Where there are kernels for grouped matmuls (TPUs and
-GPUs) rows stand in one list, sorted by expert: a matmul works on the rows there are.
-Elsewhere each expert has a bucket, for one batched matmul over padded rows: there a
-grouped matmul is a masked dense product.
+Two layouts give the same result. Where grouped matmuls do the work of the rows there
+are (`kernels.grouped_matmul.KERNELS`: TPUs, GPUs and CPUs) rows stand in one list,
+sorted by expert. Elsewhere each expert has a bucket, for one batched matmul over padded
+rows.
 """
 
 import functools

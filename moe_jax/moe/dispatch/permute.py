@@ -40,8 +40,8 @@ def _sum_of_slots(x_sd: Array, turn: Round, weight_tk: Array | None = None) -> A
         return rows * weight_t.reshape(shape).astype(rows.dtype)
 
     in_list = turn.order_s is not None and x_sd.ndim == 2 and weight_tk is None
-    # GPUs gather and add in one pass; the other way puts rows in order first.
-    if in_list and platform() != "gpu":
+    # Elsewhere rows are gathered and added in one pass; this puts them in order first.
+    if in_list and platform() == "tpu":
         return _sum_of_list(x_sd, turn)
     slot_tk, served_tk = turn.slot_tk, turn.served_tk
     top_k = slot_tk.shape[1]

@@ -82,14 +82,19 @@ class AdamW(BaseOptimizer):
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
+      momentum_dtype: in which the first moment is kept from step to step; "": that of
+        the weights. The update of a step has all its digits.
     """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum_dtype: str = ""
 
     def problems(self, path, root):
         yield from BaseOptimizer.problems(self, path, root)
+        if self.momentum_dtype:
+            yield from config.dtype_problems(self, path, "momentum_dtype")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{path}.{name}={getattr(self, name)}: must lie in [0, 1)"
@@ -118,7 +123,8 @@ class Adafactor(BaseOptimizer):
 
 
 def _adamw(options: AdamW) -> optax.GradientTransformation:
-    return optax.scale_by_adam(options.b1, options.b2, options.eps)
+    kept = options.momentum_dtype or None
+    return optax.scale_by_adam(options.b1, options.b2, options.eps, mu_dtype=kept)
 
 
 def _adafactor(options: Adafactor) -> optax.GradientTransformation:

@@ -35,8 +35,10 @@ def schedule(step):
     return jnp.asarray(RATES)[step]
 
 
-def test_adamw_as_numpy_does_it():
+@pytest.mark.parametrize("momentum_dtype", ["", "bfloat16"])
+def test_adamw_as_numpy_does_it(momentum_dtype):
     options = AdamW(
+        momentum_dtype=momentum_dtype,
         learning_rate=0.1,
         weight_decay=0.5,
         clip_norm=2.0,
@@ -74,8 +76,13 @@ def test_adamw_as_numpy_does_it():
                 update = update + 0.5 * slow[name]
             rate = 0.1 * RATES[step] * (0.1 if name.startswith("slow/") else 1.0)
             slow[name] = slow[name] - rate * update
+            if momentum_dtype:  # Kept in fewer digits for the next step only.
+                kept = first[name].astype(np.float32).astype(jnp.bfloat16)
+                first[name] = kept.astype(np.float64)
         for name, value in named_leaves(params).items():
             np.testing.assert_allclose(value, slow[name], rtol=2e-5, atol=1e-6)
+    moments = {str(leaf.dtype) for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert moments == {"float32", momentum_dtype or "float32"}
     assert min(norms) < 2.0 < max(norms), "both with and without clipping"
     assert sorted(slow) == ["block/norm/scale", "block/w", "slow/w"]
 
@@ -171,6 +178,7 @@ def test_no_decay_is_for_norm_scales_only(tiny):
     [
         (AdamW(learning_rate=0.0), "learning_rate=0.0: must be positive"),
         (AdamW(b2=1.0), "b2=1.0: must lie in [0, 1)"),
+        (AdamW(momentum_dtype="int8"), "momentum_dtype='int8': must be one of"),
         (AdamW(clip_norm=-1.0), "clip_norm=-1.0: must not be negative"),
         (Adafactor(decay_rate=1.0), "decay_rate=1.0: must lie in (0, 1)"),
         (

@@ -123,8 +123,20 @@ class Adafactor(BaseOptimizer):
 
 
 def _adamw(options: AdamW) -> optax.GradientTransformation:
-    kept = options.momentum_dtype or None
-    return optax.scale_by_adam(options.b1, options.b2, options.eps, mu_dtype=kept)
+    adam = optax.scale_by_adam(options.b1, options.b2, options.eps)
+    if not options.momentum_dtype:
+        return adam
+    # The `mu_dtype` of optax would also multiply in it, by b1 rounded to it.
+    narrow = lambda s: s._replace(mu=optax.tree.cast(s.mu, options.momentum_dtype))
+
+    def update(updates, state, params=None):
+        wide = state._replace(mu=optax.tree.cast_like(state.mu, state.nu))
+        updates, state = adam.update(updates, wide, params)
+        return updates, narrow(state)
+
+    return optax.GradientTransformation(
+        lambda params: narrow(adam.init(params)), update
+    )
 
 
 def _adafactor(options: Adafactor) -> optax.GradientTransformation:

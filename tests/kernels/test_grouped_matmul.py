@@ -51,7 +51,7 @@ def test_elsewhere_xla_multiplies():
         np.testing.assert_allclose(sums[g], want, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", grouped_matmul.KERNELS)
+@pytest.mark.parametrize("where", ["tpu", "gpu"])  # The loops of CPUs have no names.
 def test_the_gradient_of_weights_is_first_and_only_where_it_is_wanted(where):
     x, w, _ = grouped.drawn([100, 28], 128, 24, 40)
     sizes = jnp.array([100, 28], jnp.int32)

@@ -343,15 +343,26 @@ class Timeline:
                 return
         self._wait(self.last_fused)
 
+    def _kernels(
+        self, instruction: Instruction
+    ) -> list[tuple[Computation, Instruction]]:
+        """The kernel that this is, or those that a collective is fused with."""
+        if instruction.opcode == "custom-call":
+            return [(self.comp, instruction)]
+        if instruction.opcode != "fusion":
+            return []
+        comp = self.walk.module.computations[instruction.reference("calls")]
+        return [(comp, i) for i in comp.instructions if kernels.is_kernel(i)]
+
     def _compute(self, instruction: Instruction) -> None:
         chip, total = self.walk.network.chip, self.total
         moved = self.walk.meter.hbm_bytes(self.comp, instruction)
         visited = kernels.visited_share(instruction, self.walk.fill)
         flops = visited * self.walk.meter.flops(self.comp, instruction)
-        if instruction.opcode == "custom-call":
-            call = kernels.kernel_work(self.comp, instruction, moved, self.walk.fill)
-            flops, moved = call.flops, call.hbm_bytes
-            total.kernel_flops += flops
+        for comp, kernel in self._kernels(instruction):
+            call = kernels.kernel_work(comp, kernel, moved, self.walk.fill)
+            flops, moved = flops + call.flops, call.hbm_bytes
+            total.kernel_flops += call.flops
             if not call.known:
                 total.unknown.add(call.kind)
         mxu, memory = flops / chip.flops, moved / chip.hbm_bandwidth

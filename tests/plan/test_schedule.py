@@ -408,6 +408,27 @@ def test_kernels_and_markers(walk):
     assert total.unknown == {"odd"}
 
 
+def test_a_kernel_in_a_fusion_counts(walk):
+    """XLA may fuse one with the collective that it runs beside."""
+    inside = """
+%beside (p5: bf16[256,8], p6: bf16[1,8,4]) -> bf16[256,4] {
+  %p5 = bf16[256,8] parameter(0)
+  %p6 = bf16[1,8,4] parameter(1)
+  ROOT %gmm = bf16[256,4] custom-call(%p5, %p6), custom_call_target="tpu_custom_call"
+}
+"""
+    total = walk(
+        """
+%rows = bf16[256,8] parameter(3)
+%w = bf16[1,8,4] parameter(4)
+%fused = bf16[256,4] fusion(%rows, %w), kind=kCustom, calls=%beside
+""",
+        inside,
+        fill=0.5,
+    )
+    assert total.flops == total.kernel_flops == 2 * 128 * 8 * 4
+
+
 def test_seconds_by_scope(walk):
     total = walk(f"""
 %dot = {DOT}, metadata={{op_name="jit(f)/attention/dot"}}

@@ -37,12 +37,14 @@ def test_bounds_add_up_to_the_step(totals):
 def test_exchanges_of_a_step(tpu_step, totals):
     layers = tpu_step.parts.config.model.num_layers
     one = totals.traffic[("all-to-all", ("expert",))]
-    # A layer sends rows to the experts and back, forward and backward.
-    assert one.count == 4 * layers
+    # A layer sends rows to the experts and back, forward and backward; the embedding
+    # sends the rows of 32 tokens, forward and backward.
+    assert one.count == 4 * layers + 2
     # 64 assignments of a device to 4 experts: 16 each, for which a bucket would have
     # 16 + 5 * 4 + 4 = 40 rows were there more than 32 tokens; of width 32. What meets
     # a product next goes as bfloat16.
-    assert one.payload == 2 * layers * 4 * 32 * 32 * (4 + 2)
+    rows = 32 * 32
+    assert one.payload == 2 * layers * 4 * rows * (4 + 2) + 2 * rows * 4
     assert one.wire == one.payload / 2
     # Rounds for what does not fit wait for data: one loop forward, one backward.
     assert [met for met, _ in totals.dynamic.values()] == [layers, layers]

@@ -14,13 +14,10 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.moe import sharded
-from moe_jax.moe.dispatch.common import (
-    from_experts,
-    to_experts,
-    total,
-)
+from moe_jax.moe.dispatch.common import from_experts, to_experts
 from moe_jax.moe.routing import Array, DispatchStats, Groups, Mixing, Routing
 from moe_jax.parallel import rules
+from moe_jax.parallel.collectives import total
 
 
 def mix(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import config
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, total, vary
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, vary
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
 from moe_jax.nn import module
 from moe_jax.parallel import collectives, mesh, rules
@@ -125,7 +125,7 @@ def _shard(serve, experts, expert_axes, tokens, weights):
     given = LocalExperts(weights=weights, run=experts.rows)
     y, stats = serve(tokens, given, axes)
     # The experts' width may be split: each shard then holds a part of the sum.
-    return total(y, width if axes.every else ()), stats
+    return collectives.total(y, width if axes.every else ()), stats
 
 
 def _gather_fsdp(weights: PyTree, axes_tree: PyTree) -> PyTree:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.collectives import largest, total
 from moe_jax.parallel.varying import vary
 from moe_jax.tree import struct
 
@@ -55,14 +56,6 @@ class LocalExperts:
 
     weights: PyTree
     run: Callable[..., Array]
-
-
-def total(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.psum(x, axes) if axes else x
-
-
-def largest(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.pmax(x, axes) if axes else x
 
 
 def exchanged(x: Array) -> Array:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, local_counts, total
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, local_counts
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.collectives import total
 
 
 @config.node

@@ -21,7 +21,6 @@ from moe_jax import config
 from moe_jax.moe.dispatch.common import (
     Axes,
     LocalExperts,
-    largest,
     mean_fill,
     statistics,
 )
@@ -35,6 +34,7 @@ from moe_jax.moe.dispatch.plan import (
 )
 from moe_jax.moe.dispatch.rounds import in_rounds, serve_buckets
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
 
 

@@ -22,13 +22,13 @@ from moe_jax.moe.dispatch.common import (
     Axes,
     LocalExperts,
     exchanged,
-    largest,
     mean_fill,
     statistics,
 )
 from moe_jax.moe.dispatch.permute import valid_first
 from moe_jax.moe.dispatch.plan import capacity_problems
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
 
 

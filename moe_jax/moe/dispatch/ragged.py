@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from moe_jax import config
 from moe_jax.moe.dispatch import exchange, local
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, largest, statistics
+from moe_jax.moe.dispatch.common import Axes, LocalExperts, statistics
 from moe_jax.moe.dispatch.permute import collect, fill, valid_first
 from moe_jax.moe.dispatch.plan import (
     Plan,
@@ -35,6 +35,7 @@ from moe_jax.moe.dispatch.plan import (
 )
 from moe_jax.moe.dispatch.rounds import in_rounds
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
+from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
 from moe_jax.tree import struct
 

@@ -147,6 +147,13 @@ def test_one_problem_is_one_problem():
         config.validate(made)
 
 
+def test_options_of_xla_are_pairs():
+    made = quickstart()
+    made.train.xla_options = "xla_a=1 xla_b"
+    with pytest.raises(UserError, match="'xla_b' is not an option; write xla_NAME="):
+        config.validate(made)
+
+
 def test_what_is_not_set_is_named():
     found = list(config.all_problems(config.Config(), "config", config.Config()))
     for name in ("model", "objective", "optimizer", "schedule"):

@@ -96,25 +96,17 @@ def compute_gradients(
     tokens = jnp.maximum(_tokens(batch), 1).astype(weight.dtype)
     forward = _forward(config, model, state, mode, override)
 
-    slots = module.slots(state.params, model.rounded, model.dtype)
-
-    def total(slots, router_state, micro, index):
-        slotted = lambda value, slot: module.Slotted(value=value, slot=slot)
-        params = jax.tree.map(slotted, state.params, slots)
+    def total(params, router_state, micro, index):
         found = forward(params, router_state, micro, index)
         share = 1.0 if count == 1 else _tokens(micro) / tokens
         aux = _weighted(found.aux, share)
         value = found.sum / weight + aux_loss(aux)
         return value, (found.nll, found.observations, aux)
 
-    gradient = jax.value_and_grad(total, has_aux=True)
+    gradient = _with_gradient(model, state.params, total)
 
-    def one(router_state, micro, index):
-        (value, (nll, observations, aux)), grads = gradient(
-            slots, router_state, micro, index
-        )
-        # Sums over micro-batches, and the optimizer, need the digits of the weights.
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    def one(*given):
+        (value, (nll, observations, aux)), grads = gradient(*given)
         return value, nll, grads, observations, aux
 
     if count == 1:
@@ -137,6 +129,25 @@ def compute_gradients(
         observations=observations,
         aux=aux,
     )
+
+
+def _with_gradient(model, params, total):
+    """`(*given) -> (value and aux of total(params, *given), gradient)`.
+
+    The gradient is made in the slots of the weights.
+    """
+    slots = module.slots(params, model.rounded, model.dtype)
+
+    def of_slots(slots, *given):
+        slotted = lambda value, slot: module.Slotted(value=value, slot=slot)
+        return total(jax.tree.map(slotted, params, slots), *given)
+
+    def run(*given):
+        found, grads = jax.value_and_grad(of_slots, has_aux=True)(slots, *given)
+        # Sums over micro-batches, and the optimizer, need the digits of the weights.
+        return found, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    return run
 
 
 def _forward(config, model, state, mode, override):

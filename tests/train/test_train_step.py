@@ -90,6 +90,13 @@ def begun(run):
     return jax.device_get(state)
 
 
+def test_options_of_xla_reach_the_compiler(tiny):
+    tiny.train.xla_options = "xla_no_such_option=1"
+    lowered = setup.lower_step(setup.make_parts(tiny, jax.devices()[:1]))
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        lowered.compile()
+
+
 @pytest.mark.slow
 def test_moments_lie_where_their_parameters_lie(run):
     """Without explicit shardings jit replicates what `optimizer.init` makes."""

@@ -225,6 +225,8 @@ class TrainConfig(Node):
       steps: optimizer steps.
       batch_size: sequences per optimizer step, over all devices and hosts.
       accumulation: micro-batches per optimizer step; divides `batch_size`.
+      gather_once: gather the weights once per step and not for each use: all of them
+        are then in memory, whole, in the type of the computation.
       ema_decay: decay of the average of parameters; 0 keeps none.
       nan_policy: "skip" leaves the state as it was and counts; "stop" ends the run.
       max_skipped: with "skip", consecutive bad steps after which the run ends.
@@ -239,6 +241,7 @@ class TrainConfig(Node):
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
+    gather_once: bool = False
     ema_decay: float = 0.0
     nan_policy: str = "skip"
     max_skipped: int = 20

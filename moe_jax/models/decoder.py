@@ -100,14 +100,15 @@ class DecoderModel:
             for is_moe in {m for s in self.segments for m in s.moe}
         }
         self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
-        self.axes = dict(self._outer.axes)
-        self.rounded = dict(self._outer.rounded)
+        outer = self._outer
+        self.axes, self.rounded = dict(outer.axes), dict(outer.rounded)
+        self.whole = dict(outer.whole)
         for name, seg in self._named_segments():
             blocks = {b: self._block[is_moe] for b, is_moe in _named_blocks(seg)}
-            self.axes[name] = {
-                b: module.stacked_axes(block.axes) for b, block in blocks.items()
-            }
-            self.rounded[name] = {b: block.rounded for b, block in blocks.items()}
+            each = lambda fact, of=blocks: {b: fact(t) for b, t in of.items()}
+            self.axes[name] = each(lambda t: module.stacked_axes(t.axes))
+            self.rounded[name] = each(lambda t: t.rounded)
+            self.whole[name] = each(lambda t: t.whole)
 
     def _named_segments(self):
         return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]
@@ -358,6 +359,7 @@ class Outer(nnx.Module):
                 ("embed", "vocab"),
                 std=options.init_std,
                 dtype=dtype,
+                whole=True,
             )
 
     def embed(self, tokens: jax.Array, dtype: str) -> jax.Array:

@@ -157,6 +157,12 @@ class Decoder(config.ModelConfig):
                 f"takes one of {list(_PLAIN_POLICIES)}, or some of "
                 f"{list(REMAT_NAMES)} joined by '+'"
             )
+        if "weights" in remat_names(self.remat) and root.train.gather_once:
+            yield (
+                f"{path}.remat={self.remat!r}: with config.train.gather_once the "
+                "gathered weights are there in any case; leave 'weights' out, or set "
+                "'full'"
+            )
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)

@@ -11,10 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, rules, varying
+from moe_jax.parallel import collectives, rules, varying, whole
 
 _LEAST_BYTES = 16 * 2**20
 
@@ -63,7 +63,7 @@ def logits(hidden: jax.Array, matrix: jax.Array, axes: rules.Axes) -> jax.Array:
 def summed(
     options: Options,
     hidden: jax.Array,
-    matrix: jax.Array,
+    matrix: jax.Array | whole.Whole,
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +76,7 @@ def summed(
     Args:
       options: what is static.
       hidden: (B, S, D), split as ("batch", "sequence", None).
-      matrix: (D, V) or (V, D), split as `options.axes`.
+      matrix: (D, V) or (V, D), split as `options.axes`, or a `whole.Whole`.
       targets: (B, S) int32.
       weights: (B, S) float.
 
@@ -97,7 +97,8 @@ def _sums(options, nll, normaliser, weights):
 
 
 def _forward(options, *inputs):
-    inputs = tuple(primal.value for primal in inputs)
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    inputs = jax.tree.map(lambda primal: primal.value, inputs, is_leaf=is_primal)
     nll, normaliser, *grads = _run(options, True, *inputs)
     # Else the compiler sums the matrix's gradient last: all of it would live till then.
     grads = jax.lax.optimization_barrier(grads)
@@ -119,9 +120,12 @@ def _backward(options, kept, given):
         without = dataclasses.replace(options, z_weight=0.0)
         more = _run(without, True, *inputs)[2:]
         grads = [g + to_plain * m for g, m in zip(grads, more, strict=True)]
+    to_matrix = grads[1].astype(whole.place(matrix).dtype)
+    if whole.is_whole(matrix):
+        to_matrix = whole.Whole(value=None, slot=to_matrix)
     return (
         grads[0].astype(hidden.dtype),
-        grads[1].astype(matrix.dtype),
+        to_matrix,
         None,
         to_weights.astype(weights.dtype),
     )
@@ -137,22 +141,21 @@ def _run(options, with_grads, hidden, matrix, targets, weights):
         return _shard(options, with_grads, (), *inputs)
     tokens = rules.spec(("batch", "sequence"))
     rows, split = rules.spec(("batch", "sequence", None)), rules.spec(options.axes)
+    of_matrix = whole.spec(matrix, options.axes)
     return jax.shard_map(
         functools.partial(_shard, options, with_grads, rules.mesh_axes("vocab")),
-        in_specs=(rows, split, tokens, tokens),
+        in_specs=(rows, of_matrix, tokens, tokens),
         out_specs=(tokens, tokens, rows, split)[: 4 if with_grads else 2],
     )(*inputs)
 
 
 def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights):
     """One shard's part of `_run`; without a mesh, and names, all of it."""
-    dim, part = options.axes.index("embed"), matrix
+    dim, part = options.axes.index("embed"), whole.place(matrix)
     wide = module.accumulation_dtype(hidden.dtype)
     matrix = module.cast(matrix, hidden.dtype)
     if vocab_names:
-        names = rules.mesh_axes("embed")
-        matrix = collectives.gather(matrix, names, dim)
-        matrix = varying.vary_like(matrix, hidden)
+        matrix = varying.vary_like(whole.bring(matrix, options.axes), hidden)
     total = jnp.zeros_like(matrix, wide) if with_grads else None
     rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
     size = options.chunk or chunk_of(matrix.shape[dim], matrix.shape[1 - dim])
@@ -163,6 +166,7 @@ def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights):
         return found
     if vocab_names:
         # In the type of the computation, as the gradients of all weights are sent.
+        names = rules.mesh_axes("embed")
         total = collectives.scatter(total.astype(hidden.dtype), names, dim)
         total = collectives.total_like(total, part).astype(wide)
     return *found, total

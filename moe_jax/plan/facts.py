@@ -201,6 +201,7 @@ class Layout:
       sizes: of the mesh axes.
       slices: that the data axis spans.
       micro_batches: per step.
+      gathers_once: weights are gathered per step, not per use.
       rows: texts.
       length: tokens of a text, whole.
       tokens: of this device.
@@ -217,6 +218,7 @@ class Layout:
     sizes: dict[str, int]
     slices: int
     micro_batches: int
+    gathers_once: bool
     rows: float
     length: int
     tokens: float
@@ -326,6 +328,7 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
         sizes=sizes,
         slices=slices,
         micro_batches=config.train.accumulation,
+        gathers_once=config.train.gather_once,
         rows=rows,
         length=length,
         tokens=tokens,

@@ -11,7 +11,7 @@ from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.decoder_config import (
     Decoder,
     Segment,
-    remat_policy,
+    remat_policies,
     segments_of,
 )
 from moe_jax.moe import balance
@@ -22,6 +22,7 @@ from moe_jax.moe.scorers import SCORERS
 from moe_jax.nn import attention, cross_entropy, embedding, feedforward, module, norms
 from moe_jax.nn.attention.layer import Attention, KVCache
 from moe_jax.nn.module import Params
+from moe_jax.nn.remat import scan_blocks
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
 
@@ -299,10 +300,8 @@ class DecoderModel:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
-        policy = remat_policy(self.options.remat)
-        if mode.train and policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, (x, carry), layers)
+        policies = remat_policies(self.options.remat) if mode.train else (None,)
+        return scan_blocks(body, policies[: seg.repeats], (x, carry), layers)
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token."""

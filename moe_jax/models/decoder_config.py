@@ -33,12 +33,17 @@ _PLAIN_POLICIES = {
 
 
 def remat_names(remat: str) -> frozenset[str]:
-    """What is kept by name: {"attention", "hidden"} of "attention+hidden"."""
-    return frozenset() if remat in _PLAIN_POLICIES else frozenset(remat.split("+"))
+    """What is kept by name: {"attention", "hidden"} of "attention+hidden,full"."""
+    named = (one for one in remat.split(",") if one not in _PLAIN_POLICIES)
+    return frozenset(name for one in named for name in one.split("+"))
 
 
-def remat_policy(remat: str) -> Callable[..., Any] | None:
-    """The policy of `jax.checkpoint`; None: there is nothing to recompute."""
+def remat_policies(remat: str) -> tuple[Callable[..., Any] | None, ...]:
+    """The policies of `jax.checkpoint`; None: there is nothing to recompute."""
+    return tuple(map(_policy, remat.split(",")))
+
+
+def _policy(remat):
     if remat in _PLAIN_POLICIES:
         return _PLAIN_POLICIES[remat]
     names = (REMAT_NAMES[name] for name in sorted(remat_names(remat)))
@@ -71,7 +76,8 @@ class Decoder(config.ModelConfig):
         named, joined by "+": "attention" (what it mixed), "projections" (queries, keys
         and values), "exchanges" (rows that crossed between experts' shards, so that
         none crosses twice), "hidden" (what feed-forwards and experts multiply up to),
-        "weights" (as they were gathered).
+        "weights" (as they were gathered). Several of these with commas between them
+        are taken in turn: with "full,none" every second block recomputes all.
     """
 
     vocab_size: int = 258
@@ -155,8 +161,9 @@ class Decoder(config.ModelConfig):
             yield (
                 f"{path}.remat={self.remat!r}: {sorted(unknown)[0]!r} is not known; it "
                 f"takes one of {list(_PLAIN_POLICIES)}, or some of "
-                f"{list(REMAT_NAMES)} joined by '+'"
+                f"{list(REMAT_NAMES)} joined by '+', or several of these with commas"
             )
+        yield from self._turn_problems(path)
         if "weights" in remat_names(self.remat) and root.train.gather_once:
             yield (
                 f"{path}.remat={self.remat!r}: with config.train.gather_once the "
@@ -166,6 +173,20 @@ class Decoder(config.ModelConfig):
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
+
+    def _turn_problems(self, path):
+        count, ff = self.remat.count(",") + 1, self.feed_forward
+        if isinstance(ff, MoE) and (ff.every < 1 or ff.first_dense < 0):
+            return
+        for seg in segments_of(self):
+            if seg.repeats > count and seg.repeats % count:
+                of = "blocks" if len(seg.moe) == 1 else f"times {len(seg.moe)} blocks"
+                yield (
+                    f"{path}.remat={self.remat!r} has {count} policies, taken in turn: "
+                    f"the run of {seg.repeats} {of} from block {seg.first_layer} on is "
+                    f"not a multiple; their number takes one of "
+                    f"{config.divisors(seg.repeats)}"
+                )
 
     def _moe_problems(self, path, root):
         options = self.feed_forward

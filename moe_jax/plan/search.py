@@ -144,6 +144,11 @@ def search(
             f"--topology={topology.name}: --search compares modelled times, and fake "
             "devices have none; name a TPU topology"
         )
+    if "," in config.model.remat:
+        raise UserError(
+            f"--config.model.remat={config.model.remat} is not ranked by --search: "
+            "its formulas take all blocks for alike; leave one policy"
+        )
     own = settings_of(config, len(topology.devices))
     points = _estimated(config, topology)
 

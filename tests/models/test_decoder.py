@@ -320,6 +320,32 @@ def test_remat_policies_give_the_same_gradients():
         assert dots["+".join(REMAT_NAMES)] < dots[remat] < dots["full"], remat
 
 
+def test_policies_in_turn_change_no_number():
+    """Outputs keep the order of the layers; the parameters lie as before."""
+    given = inputs(TOKENS, STEPS, np.ones((B, S)))
+    found = {}
+    for remat in ("none", "full,none"):
+        # Blocks: dense, and twice (dense, MoE).
+        model = DecoderModel(options(num_layers=5, remat=remat))
+        model.options.feed_forward.dispatch = DenseDispatch()
+        params, state = drawn(model), model.init_router_state()
+
+        def value(params, model=model, state=state):
+            hidden, seen, aux = model.apply(params, state, given, key=None, mode=TRAIN)
+            total = jnp.sum(jnp.sin(hidden))
+            return total + sum(map(jnp.sum, aux.losses.values())), (seen, aux)
+
+        found[remat] = jax.jit(jax.grad(value, has_aux=True))(params)
+    (want, sums), (got, new) = found.values()
+    for name, grad in named_leaves(want).items():
+        np.testing.assert_allclose(
+            named_leaves(got)[name], grad, rtol=1e-3, atol=1e-5, err_msg=name
+        )
+    new = named_leaves(new)
+    for name, value in named_leaves(sums).items():
+        np.testing.assert_allclose(new[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layers", "fields", "want"),
     [
@@ -433,6 +459,17 @@ def test_axes_mirror_the_parameters():
         (dict(remat="some"), {}, "remat='some': 'some' is not known"),
         (dict(remat="hidden+dots"), {}, "'dots' is not known"),
         (dict(remat="hidden+attention"), {}, ""),
+        # Runs of one, twice two, and one block.
+        (dict(remat="hidden+attention,none"), {}, ""),
+        (dict(remat="full,some"), {}, "'some' is not known"),
+        (dict(remat="full,"), {}, "'' is not known"),
+        (dict(remat="full,none,none"), {}, ""),
+        (
+            dict(remat="full,none,none", feed_forward=Dense(d_ff=8), num_layers=4),
+            {},
+            "the run of 4 blocks from block 0 on is not a multiple; their number "
+            "takes one of [1, 2, 4]",
+        ),
         (
             dict(remat="exchanges", feed_forward=Dense(d_ff=8)),
             {},

@@ -4,6 +4,7 @@ import collections
 import re
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 
@@ -116,6 +117,12 @@ def test_no_block_gathers_a_weight(varied):
     after = gathers_by_shape(varied)
     assert up not in after
     assert sum(after.values()) <= sum(before.values()) - before[up]
+
+
+def test_weights_that_are_kept_in_any_case_are_not_named(varied):
+    varied.model.remat, varied.train.gather_once = "attention+weights", True
+    (problem,) = varied.model.problems("config.model", varied)
+    assert "leave 'weights' out" in problem
 
 
 def test_gathered_in_the_type_of_the_computation(varied):

@@ -6,14 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.models import decoder_config
 from moe_jax.models.base import Output, RouterState, TokenInputs
-from moe_jax.models.decoder_config import (
-    Decoder,
-    Segment,
-    remat_policies,
-    segments_of,
-)
+from moe_jax.models.decoder_config import INPUT, Decoder, Segment, segments_of
 from moe_jax.moe import balance
 from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE, MoELayer
@@ -63,6 +60,7 @@ class Block(nnx.Module):
         self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
     ):
         """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
+        x = checkpoint_name(x, INPUT)
         with jax.named_scope("attention"):
             attended, cache = self.attention(
                 self.attention_norm(x), inputs.positions, inputs.segments, cache, start
@@ -300,7 +298,8 @@ class DecoderModel:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
-        policies = remat_policies(self.options.remat) if mode.train else (None,)
+        found = decoder_config.remat_policies(self.options.remat)
+        policies = found if mode.train else (None,)
         return scan_blocks(body, policies[: seg.repeats], (x, carry), layers)
 
     def count_parameters(self) -> tuple[int, int]:

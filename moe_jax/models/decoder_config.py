@@ -15,8 +15,11 @@ from moe_jax.nn.attention import auto
 from moe_jax.nn.attention.common import ATTENDED, PROJECTED
 from moe_jax.nn.attention.splash import Splash
 from moe_jax.nn.feedforward import HIDDEN
+from moe_jax.parallel import host
 from moe_jax.parallel.collectives import GATHERED
 
+# Name of what comes into a block, for rematerialisation.
+INPUT = "block_input"
 # What a rematerialised block may keep for its backward pass, by the name in a config.
 REMAT_NAMES = {
     "attention": ATTENDED,
@@ -24,6 +27,11 @@ REMAT_NAMES = {
     "exchanges": EXCHANGED,
     "hidden": HIDDEN,
     "weights": GATHERED,
+}
+_ON_HOST = "host:"
+# The same in the memory of the host, and what a block keeps in any case.
+HOST_NAMES = {
+    _ON_HOST + name: value for name, value in {**REMAT_NAMES, "input": INPUT}.items()
 }
 _PLAIN_POLICIES = {
     "none": None,
@@ -33,7 +41,7 @@ _PLAIN_POLICIES = {
 
 
 def remat_names(remat: str) -> frozenset[str]:
-    """What is kept by name: {"attention", "hidden"} of "attention+hidden,full"."""
+    """What is kept by name: {"attention", "host:hidden"} of "attention,host:hidden"."""
     named = (one for one in remat.split(",") if one not in _PLAIN_POLICIES)
     return frozenset(name for one in named for name in one.split("+"))
 
@@ -46,8 +54,17 @@ def remat_policies(remat: str) -> tuple[Callable[..., Any] | None, ...]:
 def _policy(remat):
     if remat in _PLAIN_POLICIES:
         return _PLAIN_POLICIES[remat]
-    names = (REMAT_NAMES[name] for name in sorted(remat_names(remat)))
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    names = remat_names(remat)
+    kept = sorted(REMAT_NAMES[name] for name in names if not name.startswith(_ON_HOST))
+    away = sorted(HOST_NAMES[name] for name in names if name.startswith(_ON_HOST))
+    if not away:
+        return jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=away,
+        offload_src="device",
+        offload_dst=host.KIND,
+    )
 
 
 @config.node
@@ -76,8 +93,10 @@ class Decoder(config.ModelConfig):
         named, joined by "+": "attention" (what it mixed), "projections" (queries, keys
         and values), "exchanges" (rows that crossed between experts' shards, so that
         none crosses twice), "hidden" (what feed-forwards and experts multiply up to),
-        "weights" (as they were gathered). Several of these with commas between them
-        are taken in turn: with "full,none" every second block recomputes all.
+        "weights" (as they were gathered). "host:NAME" keeps it in the memory of the
+        host; there "input" may wait too, which is kept in any case. Several of these
+        with commas between them are taken in turn: with "full,none" every second block
+        recomputes all.
     """
 
     vocab_size: int = 258
@@ -109,6 +128,10 @@ class Decoder(config.ModelConfig):
         """See `ModelConfig.rows_together`."""
         ff = self.feed_forward
         return ff.selector.rows_together() if isinstance(ff, MoE) else 1
+
+    def uses_host(self) -> bool:
+        """See `ModelConfig.uses_host`."""
+        return any(name in HOST_NAMES for name in remat_names(self.remat))
 
     def shrunk(self) -> "Decoder":
         """A small model of the same kind: same experts, routing, ratio of heads."""
@@ -157,14 +180,22 @@ class Decoder(config.ModelConfig):
                 f"{path}.num_kv_heads={self.kv_heads}; it takes one of "
                 f"{config.divisors(self.num_heads)}"
             )
-        if unknown := remat_names(self.remat) - set(REMAT_NAMES):
+        names = remat_names(self.remat)
+        if unknown := names - set(REMAT_NAMES) - set(HOST_NAMES):
             yield (
                 f"{path}.remat={self.remat!r}: {sorted(unknown)[0]!r} is not known; it "
                 f"takes one of {list(_PLAIN_POLICIES)}, or some of "
-                f"{list(REMAT_NAMES)} joined by '+', or several of these with commas"
+                f"{[*REMAT_NAMES, 'host:input']} joined by '+' (each may wait on the "
+                "host: 'host:attention'), or several of these with commas"
             )
         yield from self._turn_problems(path)
-        if "weights" in remat_names(self.remat) and root.train.gather_once:
+        both = sorted(n for n in names if _ON_HOST + n in names)
+        if both:
+            yield (
+                f"{path}.remat={self.remat!r} keeps {both[0]!r} on the device and on "
+                "the host; take one"
+            )
+        if names & {"weights", "host:weights"} and root.train.gather_once:
             yield (
                 f"{path}.remat={self.remat!r}: with config.train.gather_once the "
                 "gathered weights are there in any case; leave 'weights' out, or set "
@@ -191,7 +222,9 @@ class Decoder(config.ModelConfig):
     def _moe_problems(self, path, root):
         options = self.feed_forward
         if not isinstance(options, MoE):
-            if "exchanges" in remat_names(self.remat):
+            if "exchanges" in {
+                n.removeprefix(_ON_HOST) for n in remat_names(self.remat)
+            }:
                 yield (
                     f"{path}.remat={self.remat!r}: there are no experts, so nothing is "
                     "exchanged; leave 'exchanges' out, or set 'full'"

@@ -1,5 +1,6 @@
 """The train state: everything that a checkpoint holds, and where each leaf lies."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.config import Config
 from moe_jax.models.base import Model
 from moe_jax.nn.module import Params
-from moe_jax.parallel import rules
+from moe_jax.parallel import host, rules
 from moe_jax.train import optimizers
 from moe_jax.tree import named_leaves, path_name, struct
 
@@ -104,6 +105,10 @@ def abstract_state(
     key = jax.eval_shape(jax.random.key, 0)  # The mesh's devices may not be there.
     shapes = jax.eval_shape(make, key)
     shardings = state_shardings(shapes, model.axes, mesh)
+    if config.train.offload_optimizer:
+        place = lambda s, where: host.place(where) if s.ndim else where
+        away = jax.tree.map(place, shapes.opt_state, shardings.opt_state)
+        shardings = dataclasses.replace(shardings, opt_state=away)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
         shapes,

@@ -14,7 +14,7 @@ from moe_jax.moe import health
 from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
 from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
-from moe_jax.parallel import rules
+from moe_jax.parallel import host, rules
 from moe_jax.train import optimizers
 from moe_jax.train.state import TrainState
 from moe_jax.tree import struct
@@ -295,6 +295,8 @@ def make_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         found = compute_gradients(config, model, state, batch)
+        if config.train.offload_optimizer:
+            state = dataclasses.replace(state, opt_state=host.fetched(state.opt_state))
         with jax.named_scope("optimizer"):
             new, norm = apply_gradients(config, model, optimizer, state, found)
         rate = config.optimizer.learning_rate * schedule(state.step)

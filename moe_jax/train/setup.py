@@ -68,6 +68,7 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
     optimizer = optimizers.make_optimizer(config.optimizer, schedule)
     with jax.set_mesh(device_mesh):
         abstract = state.abstract_state(config, model, optimizer, device_mesh)
+    optimizers.check(config.optimizer, abstract.params)
     return Parts(
         config=config,
         mesh=device_mesh,

@@ -12,7 +12,7 @@ from moe_jax.config import Config
 from moe_jax.models.base import Model
 from moe_jax.nn.module import Params
 from moe_jax.parallel import host, rules
-from moe_jax.train import optimizers
+from moe_jax.train import moments, optimizers
 from moe_jax.tree import named_leaves, path_name, struct
 
 
@@ -66,8 +66,9 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
     """Where each leaf of a state lies.
 
     A leaf of the optimizer state whose path ends in a parameter's path, and which has
-    its shape, lies where the parameter lies. All else is replicated: scalars, router
-    state, and the factored moments of Adafactor.
+    its shape, lies where the parameter lies; so does one with a number for each block
+    of a dimension. All else is replicated: scalars, router state, and the factored
+    moments of Adafactor.
 
     Args:
       state: abstract or concrete.
@@ -90,7 +91,8 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
         parts = path_name(path).split("/")
         for i in range(len(parts)):
             name = "/".join(parts[i:])
-            if name in flat_axes and leaf.shape == shapes[name]:
+            whole = shapes.get(name)
+            if whole and (leaf.shape == whole or moments.is_blocks(leaf.shape, whole)):
                 return rules.sharding(mesh, flat_axes[name])
         return replicated
 

@@ -29,6 +29,11 @@ def fetched(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), tree)
 
 
+def sent(tree: Any) -> Any:
+    """The arrays in the memory of the host, inside of a compiled function."""
+    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Host), tree)
+
+
 def check(devices: Sequence[jax.Device], option: str) -> None:
     """Raises unless devices can reach the host's memory.
 

@@ -245,18 +245,36 @@ def _scale_by_rate(peak: float, schedule: optax.Schedule):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def in_turns(whole: config.Config) -> bool:
+    """Whether parameters are updated one after another (`train.turns`)."""
+    packs = isinstance(whole.optimizer, AdamW) and whole.optimizer.packs
+    return packs or whole.train.offload_optimizer
+
+
 def check(options: config.OptimizerConfig, params: Params) -> None:
     """Raises UserError where parameters lie so that an option cannot hold."""
     if isinstance(options, AdamW) and options.packs:
         moments.check(params, options.block_size)
 
 
+def clip(options: config.OptimizerConfig) -> optax.GradientTransformation:
+    """Scales gradients to the largest norm, the one step that meets all of them."""
+    if not options.clip_norm:
+        return optax.identity()
+    return optax.clip_by_global_norm(options.clip_norm)
+
+
 def make_optimizer(
-    options: config.OptimizerConfig, schedule: optax.Schedule
+    options: config.OptimizerConfig, schedule: optax.Schedule, *, clips: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, scale by moments, decay, scale by the rate; groups by path.
 
     Its `update` takes the number of steps done before as `step`.
+
+    Args:
+      options: the config.
+      schedule: step -> factor of the rate.
+      clips: False where gradients come clipped; the state has the same places.
     """
 
     def scale_by_group(updates, params=None):
@@ -266,7 +284,7 @@ def make_optimizer(
     decayed = lambda params: _by_group(options, params, lambda group: group.decay)
     steps = []
     if options.clip_norm:
-        steps.append(optax.clip_by_global_norm(options.clip_norm))
+        steps.append(clip(options) if clips else optax.identity())
     steps.append(OPTIMIZERS[type(options)](options))
     if options.weight_decay:
         steps.append(optax.add_decayed_weights(options.weight_decay, mask=decayed))

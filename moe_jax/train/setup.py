@@ -65,7 +65,9 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
         host.check(device_mesh.devices.flat, option)
     model = models.build(config.model)
     schedule = schedules.make_schedule(config.schedule, config.train.steps)
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    # In turns, no parameter meets the others' gradients.
+    clips = not optimizers.in_turns(config)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, clips=clips)
     with jax.set_mesh(device_mesh):
         abstract = state.abstract_state(config, model, optimizer, device_mesh)
     optimizers.check(config.optimizer, abstract.params)

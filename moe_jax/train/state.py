@@ -1,6 +1,7 @@
 """The train state: everything that a checkpoint holds, and where each leaf lies."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -88,15 +89,23 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
     }
 
     def of_leaf(path, leaf):
-        parts = path_name(path).split("/")
-        for i in range(len(parts)):
-            name = "/".join(parts[i:])
-            whole = shapes.get(name)
-            if whole and (leaf.shape == whole or moments.is_blocks(leaf.shape, whole)):
-                return rules.sharding(mesh, flat_axes[name])
+        name = owner(path_name(path), shapes)
+        whole = shapes.get(name)
+        if whole and (leaf.shape == whole or moments.is_blocks(leaf.shape, whole)):
+            return rules.sharding(mesh, flat_axes[name])
         return replicated
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def owner(name: str, params: Collection[str]) -> str:
+    """The parameter that a leaf of this path name belongs to; "" if it is of none.
+
+    Its path ends in the parameter's, the longest of those that do.
+    """
+    parts = name.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in params), "")
 
 
 def abstract_state(

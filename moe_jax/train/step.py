@@ -14,8 +14,8 @@ from moe_jax.moe import health
 from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
 from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
-from moe_jax.parallel import host, rules
-from moe_jax.train import optimizers
+from moe_jax.parallel import rules
+from moe_jax.train import optimizers, turns
 from moe_jax.train.state import TrainState
 from moe_jax.tree import struct
 
@@ -238,30 +238,35 @@ def apply_gradients(
     """
     norm = optax.tree.norm(found.grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
-    updates, opt_state = optimizer.update(
-        found.grads, state.opt_state, state.params, step=state.step
+    guard = lambda new, old: jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), new, old
     )
-    params = optax.apply_updates(state.params, updates)
+    if optimizers.in_turns(config):
+        clip = optimizers.clip(config.optimizer)
+        grads, _ = clip.update(found.grads, clip.init(state.params))
+        on_host = config.train.offload_optimizer
+        params, opt_state = turns.update(
+            optimizer, grads, state, finite, on_host=on_host
+        )
+    else:
+        updates, opt_state = optimizer.update(
+            found.grads, state.opt_state, state.params, step=state.step
+        )
+        params = guard(optax.apply_updates(state.params, updates), state.params)
+        opt_state = guard(opt_state, state.opt_state)
     ema = state.ema
     if ema is not None:
         decay = config.train.ema_decay
-        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
-    new = TrainState(
-        step=state.step,
+        mean = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+        ema = guard(mean, ema)
+    router_state = model.update_router_state(state.router_state, found.observations)
+    return TrainState(
+        step=state.step + 1,
         params=params,
         frozen=state.frozen,
         opt_state=opt_state,
-        router_state=model.update_router_state(state.router_state, found.observations),
+        router_state=guard(router_state, state.router_state),
         ema=ema,
-    )
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return TrainState(
-        step=state.step + 1,
-        params=kept.params,
-        frozen=state.frozen,
-        opt_state=kept.opt_state,
-        router_state=kept.router_state,
-        ema=kept.ema,
     ), norm
 
 
@@ -295,8 +300,6 @@ def make_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         found = compute_gradients(config, model, state, batch)
-        if config.train.offload_optimizer:
-            state = dataclasses.replace(state, opt_state=host.fetched(state.opt_state))
         with jax.named_scope("optimizer"):
             new, norm = apply_gradients(config, model, optimizer, state, found)
         rate = config.optimizer.learning_rate * schedule(state.step)

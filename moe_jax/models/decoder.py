@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.models.base import Output, RouterState, TokenInputs
+from moe_jax.models.decoder_attention import attention_of
 from moe_jax.models.decoder_config import (
     Decoder,
     Segment,
@@ -20,7 +21,7 @@ from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.nn import attention, cross_entropy, embedding, feedforward, module, norms
-from moe_jax.nn.attention.layer import Attention, KVCache
+from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
@@ -35,18 +36,7 @@ class Block(nnx.Module):
         norm = dict(eps=options.norm_eps, dtype=options.param_dtype, rngs=rngs)
         self.is_moe = is_moe
         self.attention_norm = norms.RMSNorm(options.d_model, **norm)
-        self.attention = Attention(
-            options.d_model,
-            options.num_heads,
-            options.kv_heads,
-            options.width_per_head,
-            options.attention,
-            qk_norm=options.qk_norm,
-            rope_theta=options.rope_theta,
-            norm_eps=options.norm_eps,
-            rngs=rngs,
-            **shared,
-        )
+        self.attention = attention_of(options, options.window, rngs=rngs, **shared)
         self.feed_forward_norm = norms.RMSNorm(options.d_model, **norm)
         ff = options.feed_forward
         if is_moe:
@@ -153,9 +143,12 @@ class DecoderModel:
     def notes(self, rows: int, length: int) -> list[str]:
         """See `Model.notes`."""
         options, ff = self.options, self.options.feed_forward
-        lines = attention.auto.describe(
-            options.attention, length, options.width_per_head, options.dtype
-        )
+        shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
+        lines = [
+            line
+            for call in options.attention_calls(length, shards)
+            for line in attention.auto.describe(options.attention, call)
+        ]
         if isinstance(getattr(ff, "dispatch", None), auto.Auto):
             top_k = ff.selector.experts_per_token(ff.num_experts, length)
             shapes = rows * length, top_k, ff.num_experts
@@ -203,16 +196,15 @@ class DecoderModel:
 
     def init_cache(self, batch: int, length: int) -> dict[str, Any]:
         """An empty KV cache for `batch` texts of at most `length` tokens."""
-        options = self.options
-        shape = (batch, length, options.kv_heads, options.width_per_head)
         cache: dict[str, Any] = {}
         for name, seg in self._named_segments():
-            # An array of its own each: the caller may donate them.
-            zeros = lambda n=seg.repeats: jnp.zeros((n, *shape), options.dtype)
-            cache[name] = {
-                block: KVCache(keys=zeros(), values=zeros())
-                for block, _ in _named_blocks(seg)
-            }
+            cache[name] = {}
+            for block, is_moe in _named_blocks(seg):
+                layer = self._block[is_moe].hollow.attention
+                one = layer.init_cache(batch, length, self.options.dtype)
+                # An array of its own each: the caller may donate them.
+                stack = lambda a, n=seg.repeats: jnp.zeros((n, *a.shape), a.dtype)
+                cache[name][block] = jax.tree.map(stack, one)
         return cache
 
     def decode(
@@ -312,7 +304,10 @@ class DecoderModel:
         return total, round(active)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """6 per active matrix weight, and causal attention (halved), both per token."""
+        """6 per active matrix weight, and attention to what is seen, both per token.
+
+        Without a window a query sees half of a row on average.
+        """
         options = self.options
         active = sum(
             leaf.size * self._share(name, sequence_length)
@@ -321,8 +316,9 @@ class DecoderModel:
             if (name != "embedding" or options.tie_embeddings)
             and not name.endswith("/scale")
         )
-        heads = options.num_layers * options.num_heads * options.width_per_head
-        return 6 * active + 6 * heads * sequence_length
+        seen = sum(mean_seen(sequence_length, window) for window in options.windows())
+        widths = options.width_per_head + options.value_width
+        return 6 * active + 6 * options.num_heads * widths * seen
 
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return named_leaves(jax.eval_shape(self.init, jax.random.key(0)))

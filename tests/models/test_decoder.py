@@ -25,6 +25,7 @@ from moe_jax.moe.routing import EVAL, TRAIN, Observation, Override
 from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn.feedforward import Dense
+from moe_jax.nn.rope import Rope
 from moe_jax.tree import named_leaves
 
 V, D, H, G, W, F, E, B, S = 32, 16, 4, 2, 4, 24, 4, 2, 12
@@ -49,8 +50,8 @@ def options(**fields):
         "num_heads": H,
         "num_kv_heads": G,
         "feed_forward": moe,
-        "qk_norm": True,
-        "rope_theta": 100.0,
+        "qk_norm": "head",
+        "rope": Rope(theta=100.0),
         "init_std": 0.3,
         "dtype": "float32",
         "remat": "none",
@@ -429,7 +430,7 @@ def test_axes_mirror_the_parameters():
         (dict(num_layers=0), {}, "num_layers=0: must be at least 1"),
         (dict(num_heads=3), {}, "d_model=16 is not divisible"),
         (dict(num_kv_heads=3), {}, "num_kv_heads=3"),
-        (dict(head_dim=3), {}, "head_dim=3 is odd"),
+        (dict(head_dim=3), {}, "head_dim=3: rotary positions turn pairs"),
         (dict(remat="some"), {}, "remat='some': 'some' is not known"),
         (dict(remat="hidden+dots"), {}, "'dots' is not known"),
         (dict(remat="hidden+attention"), {}, ""),

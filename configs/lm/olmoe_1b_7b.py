@@ -38,7 +38,7 @@ def get_config() -> Config:
                 balance=Balance(load_balance_weight=0.01, z_weight=0.001),
                 dispatch=Auto(),
             ),
-            qk_norm=True,
+            qk_norm="head",
             norm_eps=1e-5,
             tie_embeddings=False,
             dtype="bfloat16",

@@ -39,10 +39,9 @@ def drawn(batch, length, heads, groups, width=8, values=8, dtype="float64", seed
 def by_loops(q, k, v, sinks, segments, window, softcap):
     """One row and head at a time; exponentials are summed as the formula has it."""
     batch, length, heads, _ = q.shape
-    places = np.arange(length)
-    rows = []
+    places, segments, rows = np.arange(length), np.asarray(segments), []
     for b in range(batch):
-        same = np.asarray(segments[b])[:, None] == np.asarray(segments[b])[None]
+        same = segments[b, :, None] == segments[b, None]
         distance = places[:, None] - places[None]
         seen = same & (distance >= 0) & (distance < (window or length))
         mixed = []
@@ -97,7 +96,7 @@ def close(found, wanted, tolerance):
 
 FEATURES = {
     "window": dict(window=5),
-    "window of one": dict(window=1),
+    "window of one": dict(window=1, sinks=True),
     "softcap": dict(softcap=2.0),
     "sinks": dict(sinks=True),
     "all": dict(window=7, softcap=2.0, sinks=True, values=6),
@@ -125,7 +124,6 @@ def wanted():
     "options, shape",
     [
         (Scores(), (2, 29, 4, 2)),
-        (Blocked(block=64), (2, 29, 4, 2)),
         (Blocked(block=4), (2, 29, 4, 2)),
     ],
     ids=str,
@@ -141,7 +139,6 @@ def test_values_and_gradients(float64, wanted, options, shape, name):
     [
         (Scores(), dict(context=2, tensor=2, data=2)),
         (Blocked(block=4), dict(context=2, tensor=2, expert=2)),
-        (Blocked(block=8), dict(context=4, fsdp=2)),
     ],
     ids=str,
 )
@@ -184,7 +181,7 @@ def test_a_large_softcap_and_a_low_sink_change_nothing(float64):
 
 
 def test_in_bfloat16_sinks_are_as_exact_as_scores():
-    given = drawn(2, 40, 2, 2, dtype="bfloat16")
+    given = drawn(2, 24, 2, 2, dtype="bfloat16")
     exact = [a.astype(jnp.float32) for a in given[:4]]
     expected = results(attention(Scores(), window=9), (*exact, given[4]))
     for options in (Scores(), Blocked(block=16)):

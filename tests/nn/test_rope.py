@@ -212,7 +212,7 @@ PUBLISHED = {
 
 
 def equal_tables(found, frequencies, magnitude):
-    """In float32: frequencies to four units in the last place, tables accordingly."""
+    """In float32: frequencies to four units in the last place, tables alike."""
     mine = found.frequencies.astype(np.float32)
     np.testing.assert_allclose(mine, frequencies, rtol=5e-7)
     assert found.magnitude == pytest.approx(magnitude, rel=1e-12)

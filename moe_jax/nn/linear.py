@@ -27,7 +27,8 @@ def products(
     Args:
       x: (B, S, ...), split as `axes`.
       axes: logical; a dimension that cannot be split so stays whole.
-      weights: with one dimension "embed"; they may hold a `whole.Whole`.
+      weights: with one dimension "embed"; what is left of them is split alike. They
+        may hold a `whole.Whole`.
       contracted: number of dimensions that go.
 
     Returns:
@@ -44,7 +45,7 @@ def products(
         found = []
         shards = [varying.vary_like(w, x) for w in arrays]
         # One sum for all in the derivative.
-        x = varying.vary_like(x, jax.tree.leaves(shards)[-1])
+        x = varying.vary_like(x, whole.place(shards[0]))
         for w, param in zip(shards, weights, strict=True):
             w = whole.bring(module.cast(w, x.dtype), param.axes)
             found.append(collectives.total(_product(x, w, contracted), split))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from moe_jax import config_json, models
 from moe_jax.config import AttentionConfig, Config, DispatchConfig
 from moe_jax.errors import UserError
+from moe_jax.models import remat
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.decoder_config import remat_names
 from moe_jax.moe.dispatch import auto, plan, ragged
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -236,7 +236,7 @@ class Layout:
 
     def keeps(self, name: str) -> bool:
         """Whether a rematerialised block keeps what has this name."""
-        return name in remat_names(self.model.remat)
+        return name in remat.names_of(self.model.remat)
 
     @property
     def recomputes(self) -> bool:
@@ -319,11 +319,11 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
     chunk = chunk or cross_entropy.chunk_of(
         model.d_model, model.vocab_size // sizes["tensor"]
     )
-    shapes = (length // sizes["context"], length, model.width_per_head, model.dtype)
+    call = model.attention_calls(length, sizes["context"])[-1]
     return Layout(
         model=model,
         moe=moe,
-        attention=attention.auto.resolve(model.attention, "tpu", *shapes),
+        attention=attention.auto.resolve(model.attention, "tpu", call),
         dispatch=dispatch,
         sizes=sizes,
         slices=slices,

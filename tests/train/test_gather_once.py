@@ -13,6 +13,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.exact import Exact
+from moe_jax.nn.attention.latent import LatentAttention
 from moe_jax.parallel import batches
 from moe_jax.train import setup, step
 from moe_jax.tree import named_leaves
@@ -81,6 +82,18 @@ def test_frozen_weights_tied_embeddings_and_experts_over_two_axes(varied, float6
     ff.expert_axes = ("expert", "tensor")
     frozen = type(config.optimizer.groups[0])(pattern="attention/", frozen=True)
     config.optimizer.groups = (frozen, *config.optimizer.groups)
+    compare(config, random_batch(config, "float64"))
+
+
+@pytest.mark.soak
+def test_latent_attention_and_further_tokens(varied, float64):
+    config = with_dtype(varied, "float64")
+    config.mesh = MeshConfig(data=1, fsdp=2, expert=2)
+    config.model.qk_norm, config.model.num_kv_heads = "none", 0
+    config.model.latent = LatentAttention(
+        query_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8
+    )
+    config.model.mtp, config.objective.mtp_weight = 1, 0.3
     compare(config, random_batch(config, "float64"))
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import config
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, vary
+from moe_jax.moe.dispatch.common import Axes, Bring, LocalExperts, vary
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
 from moe_jax.nn import module
 from moe_jax.parallel import collectives, mesh, rules
@@ -118,29 +118,38 @@ def _shard(serve, experts, expert_axes, tokens, weights):
     """One shard's part: (b, s, ...) in, (b, s, D) and exact statistics out."""
     axes = _axes(expert_axes)
     width = rules.mesh_axes(rules.grouped("expert_mlp", expert_axes))
+    bring = Bring()
     if axes.every:
         # Before the gather: its reverse then splits gradients before it adds copies.
-        weights = _gather_fsdp(vary(weights, axes.tokens), experts.axes())
+        weights = vary(weights, axes.tokens)
         weights = _add_once(weights, experts.output_biases, width)
-    given = LocalExperts(weights=weights, run=experts.rows)
+        bring = _bring(experts.axes())
+    given = LocalExperts(weights=weights, run=experts.rows, bring=bring)
     y, stats = serve(tokens, given, axes)
     # The experts' width may be split: each shard then holds a part of the sum.
     return collectives.total(y, width if axes.every else ()), stats
 
 
-def _gather_fsdp(weights: PyTree, axes_tree: PyTree) -> PyTree:
+def _bring(axes_tree: PyTree) -> Bring:
     """Brings back the dimensions that fsdp splits, inside `shard_map`.
 
     The derivative of this gather is a reduce-scatter of the gradient.
     """
+    is_split = lambda axis: axis is not None and axis.startswith("expert_embed")
+    names: set[str] = set()
+    for axes in jax.tree.leaves(axes_tree, is_leaf=_is_axes):
+        names.update(*(rules.mesh_axes(axis) for axis in axes if is_split(axis)))
 
     def gather(axes, w):
         for dim, axis in enumerate(axes):
-            if axis is not None and axis.startswith("expert_embed"):
+            if is_split(axis):
                 w = collectives.gather(w, rules.mesh_axes(axis), dim)
         return w
 
-    return jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes)
+    return Bring(
+        tuple(a for a in mesh.AXES if a in names and jax.lax.axis_size(a) > 1),
+        lambda weights: jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes),
+    )
 
 
 def _add_once(weights: PyTree, biases: tuple[str, ...], width: tuple[str, ...]):

@@ -68,8 +68,8 @@ def dispatch(
     fullest = largest(jnp.max(plan.counts_e), axes.tokens)
     rounds = rounds_needed(fullest, capacity)
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    step = functools.partial(_step, experts.run, axes)
-    y_td = in_rounds(step, inputs, plan, rounds)
+    step = functools.partial(_step, experts.run, experts.bring, axes)
+    y_td = in_rounds(step, experts.bring, inputs, plan, rounds)
     return y_td, statistics(
         routing,
         axes,
@@ -80,5 +80,6 @@ def dispatch(
     )
 
 
-def _step(run, axes: Axes, index, inputs, plan: Plan) -> Array:
-    return serve_buckets(run, axes, window(index, plan.capacity), inputs, plan)
+def _step(run, bring, axes: Axes, index, inputs, plan: Plan) -> Array:
+    bring = bring if isinstance(index, int) else None
+    return serve_buckets(run, bring, axes, window(index, plan.capacity), inputs, plan)

@@ -77,7 +77,8 @@ def dispatch(
     here = local.make_local(
         expert_tk, valid_tk, num_local, served, options.capacity_factor
     )
-    y_td = local.serve(experts.run, (rows, weight_tk, weights), here)
+    inputs = (rows, weight_tk, weights)
+    y_td = local.serve(experts.run, experts.bring, inputs, here)
     if axes.expert:
         with jax.named_scope("combine"):
             y_td = jax.lax.psum_scatter(y_td, axes.expert, tiled=True)

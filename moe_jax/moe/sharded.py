@@ -123,20 +123,20 @@ def _shard(serve, experts, expert_axes, tokens, weights):
         # Before the gather: its reverse then splits gradients before it adds copies.
         weights = vary(weights, axes.tokens)
         weights = _add_once(weights, experts.output_biases, width)
-        bring = _bring(experts.axes())
+        bring = _bring(experts)
     given = LocalExperts(weights=weights, run=experts.rows, bring=bring)
     y, stats = serve(tokens, given, axes)
     # The experts' width may be split: each shard then holds a part of the sum.
     return collectives.total(y, width if axes.every else ()), stats
 
 
-def _bring(axes_tree: PyTree) -> Bring:
+def _bring(experts: Any) -> Bring:
     """Brings back the dimensions that fsdp splits, inside `shard_map`.
 
     The derivative of this gather is a reduce-scatter of the gradient.
     """
     is_split = lambda axis: axis is not None and axis.startswith("expert_embed")
-    names: set[str] = set()
+    axes_tree, names = experts.axes(), set()
     for axes in jax.tree.leaves(axes_tree, is_leaf=_is_axes):
         names.update(*(rules.mesh_axes(axis) for axis in axes if is_split(axis)))
 
@@ -149,6 +149,7 @@ def _bring(axes_tree: PyTree) -> Bring:
     return Bring(
         tuple(a for a in mesh.AXES if a in names and jax.lax.axis_size(a) > 1),
         lambda weights: jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes),
+        experts.first,
     )
 
 

@@ -51,10 +51,12 @@ class Bring:
       names: mesh axes of more than one shard; where there are none the weights are
         whole.
       gather: of the weights; its derivative sums the gradient and splits it again.
+      first: name of the weight that rows meet first; "" if none is asked for early.
     """
 
     names: tuple[str, ...] = ()
     gather: Callable[[PyTree], PyTree] = lambda weights: weights
+    first: str = ""
 
 
 @struct(static=("run", "bring"))

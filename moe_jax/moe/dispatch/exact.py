@@ -32,7 +32,7 @@ from moe_jax.moe.dispatch.plan import (
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_rounds, serve_buckets
+from moe_jax.moe.dispatch.rounds import behind_first, in_rounds, serve_buckets
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
@@ -69,7 +69,8 @@ def dispatch(
     rounds = rounds_needed(fullest, capacity)
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
     step = functools.partial(_step, experts.run, experts.bring, axes)
-    y_td = in_rounds(step, experts.bring, inputs, plan, rounds)
+    given = behind_first(experts.bring, inputs, plan)
+    y_td = in_rounds(step, experts.bring, *given, rounds)
     return y_td, statistics(
         routing,
         axes,

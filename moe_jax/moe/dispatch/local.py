@@ -26,6 +26,7 @@ from moe_jax.moe.dispatch.plan import (
     window,
 )
 from moe_jax.moe.dispatch.rounds import (
+    behind_first,
     bring_for,
     in_loop,
     in_rounds,
@@ -107,10 +108,11 @@ def serve(run: Callable[..., Array], bring: Bring, inputs, local: Local) -> Arra
       inputs: (rows (R, ...), weight_rk, weights of the experts), varying alike.
       local: the plan.
     """
-    step = functools.partial(_step, run, bring)
+    step, rounds = functools.partial(_step, run, bring), local.rounds
+    inputs, local = behind_first(bring, inputs, local)
     if local.holds_all:  # A loop costs GPUs a wait, even where it does not run.
         return step(0, inputs, local)
-    return in_rounds(step, bring, inputs, local, local.rounds)
+    return in_rounds(step, bring, inputs, local, rounds)
 
 
 def serve_later(run: Callable[..., Array], inputs, local: Local) -> Array:

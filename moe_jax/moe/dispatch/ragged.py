@@ -33,7 +33,7 @@ from moe_jax.moe.dispatch.plan import (
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_rounds
+from moe_jax.moe.dispatch.rounds import behind_first, in_rounds
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
@@ -111,7 +111,8 @@ def dispatch(
     size_of = (served, options.capacity_factor)
     of_experts = (experts.run, experts.bring)
     step = functools.partial(_exchange, *of_experts, axes, num_local, size_of)
-    return in_rounds(step, experts.bring, inputs, pairs, rounds), statistics(
+    given = behind_first(experts.bring, inputs, pairs)
+    return in_rounds(step, experts.bring, *given, rounds), statistics(
         routing,
         axes,
         rounds=rounds,

@@ -11,8 +11,9 @@ from moe_jax.moe.dispatch.common import Axes, Bring, from_experts, to_experts
 from moe_jax.moe.dispatch.permute import combine, fill
 from moe_jax.moe.dispatch.plan import Plan, bucket_round
 from moe_jax.moe.routing import Array, PyTree
-from moe_jax.parallel import varying
+from moe_jax.parallel import compiler, varying
 from moe_jax.parallel.collectives import largest
+from moe_jax.parallel.mesh import AXES
 from moe_jax.parallel.varying import vary_like
 
 # (index, inputs, plan) -> (T, D): what round `index` adds.
@@ -67,6 +68,31 @@ def bring_for(bring: Bring | None, rows: PyTree, weights: PyTree):
     return rows, bring.gather(weights)
 
 
+@jax.custom_vjp
+def _behind(before: PyTree, rows: PyTree, plan: PyTree) -> tuple[PyTree, PyTree]:
+    return jax.lax.optimization_barrier((before, rows, plan))[1:]
+
+
+_behind.defvjp(
+    lambda *given: (_behind(*given), None), lambda _, grads: (None, grads[0], None)
+)
+
+
+def behind_first(bring: Bring, inputs: PyTree, plan: PyTree) -> tuple[PyTree, PyTree]:
+    """Inputs and plan, of use only once the weight that rows meet first is whole.
+
+    Where chips send weights aside, it then travels while what comes before the experts
+    is computed. Without this it waits behind the rows, and the experts for it. (XLA
+    makes one of this gather and that of round 0.)
+    """
+    if not (bring.names and bring.first and compiler.sends_aside()):
+        return inputs, plan
+    rows, *others = inputs
+    whole = bring.gather(jax.lax.stop_gradient(inputs[-1]))[bring.first]
+    rows, plan = _behind(whole, rows, plan)
+    return (rows, *others), plan
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_rounds(
     step: Step, bring: Bring, inputs: PyTree, plan: PyTree, rounds: Array
@@ -95,9 +121,9 @@ def in_rounds(
 
 
 def _more(bring, rounds):
-    """Whether one of the shards that `bring` joins has a later round."""
-    names = tuple(name for name in bring.names if name in varying.axes(rounds))
-    return largest(rounds, names) > 1
+    """Whether any shard has a later round: all take part in bringing its weights."""
+    differs = varying.axes(rounds) if bring.names else ()
+    return largest(rounds, tuple(name for name in AXES if name in differs)) > 1
 
 
 def _add_later(step, bring, inputs, plan, rounds, more, y):

@@ -1,90 +1,30 @@
 """Decoder-only language model: pre-norm blocks, dense or MoE, scanned by segment."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from moe_jax.models import multi_token
 from moe_jax.models.base import Output, RouterState, TokenInputs
+from moe_jax.models.block import Block, Outer
 from moe_jax.models.decoder_config import (
     Decoder,
+    Kind,
     Segment,
     remat_policy,
     segments_of,
 )
 from moe_jax.moe import balance
 from moe_jax.moe.dispatch import auto
-from moe_jax.moe.layer import MoE, MoELayer
+from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
-from moe_jax.nn import attention, cross_entropy, embedding, feedforward, module, norms
-from moe_jax.nn.attention.layer import Attention, KVCache
+from moe_jax.nn import attention, cross_entropy, module
+from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
-
-
-class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
-
-    def __init__(self, options: Decoder, is_moe: bool, *, rngs: nnx.Rngs):
-        out_std = options.init_std / math.sqrt(2 * options.num_layers)
-        shared = dict(std=options.init_std, out_std=out_std, dtype=options.param_dtype)
-        norm = dict(eps=options.norm_eps, dtype=options.param_dtype, rngs=rngs)
-        self.is_moe = is_moe
-        self.attention_norm = norms.RMSNorm(options.d_model, **norm)
-        self.attention = Attention(
-            options.d_model,
-            options.num_heads,
-            options.kv_heads,
-            options.width_per_head,
-            options.attention,
-            qk_norm=options.qk_norm,
-            rope_theta=options.rope_theta,
-            norm_eps=options.norm_eps,
-            rngs=rngs,
-            **shared,
-        )
-        self.feed_forward_norm = norms.RMSNorm(options.d_model, **norm)
-        ff = options.feed_forward
-        if is_moe:
-            self.moe = MoELayer(options.d_model, ff, rngs=rngs, **shared)
-        else:
-            if isinstance(ff, MoE):
-                ff = ff.dense(ff.dense_d_ff)
-            self.feed_forward = feedforward.FeedForward(
-                options.d_model, ff, rngs=rngs, **shared
-            )
-
-    def __call__(
-        self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
-    ):
-        """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
-        with jax.named_scope("attention"):
-            attended, cache = self.attention(
-                self.attention_norm(x), inputs.positions, inputs.segments, cache, start
-            )
-        x = rules.constrain(x + attended, "batch", "sequence", None)
-        normed, aux = self.feed_forward_norm(x), None
-        if self.is_moe:
-            y, carry, aux = self.moe(
-                normed,
-                router_state=state,
-                valid=inputs.segments > 0,
-                token_ids=inputs.tokens,
-                positions=inputs.positions,
-                segments=inputs.segments,
-                carry=carry,
-                key=key,
-                mode=mode,
-                override=override,
-            )
-        else:
-            with jax.named_scope("feed_forward"):
-                y = self.feed_forward(normed)
-        return rules.constrain(x + y, "batch", "sequence", None), carry, cache, aux
 
 
 class DecoderModel:
@@ -94,47 +34,63 @@ class DecoderModel:
         self.options = options
         self.dtype = options.dtype
         self.segments = segments_of(options)
-        self.num_moe_layers = sum(sum(s.moe) * s.repeats for s in self.segments)
+        self.num_moe_layers = sum(seg.num_moe * seg.repeats for seg in self.segments)
         self._block = {
-            is_moe: module.Template(lambda rngs, m=is_moe: Block(options, m, rngs=rngs))
-            for is_moe in {m for s in self.segments for m in s.moe}
+            kind: module.Template(lambda rngs, k=kind: Block(options, k, rngs=rngs))
+            for kind in {kind for seg in self.segments for kind in seg.blocks}
         }
         self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
         self.axes = dict(self._outer.axes)
         self.rounded = dict(self._outer.rounded)
         for name, seg in self._named_segments():
-            blocks = {b: self._block[is_moe] for b, is_moe in _named_blocks(seg)}
+            blocks = {b: self._block[kind] for b, kind in _named_blocks(seg)}
             self.axes[name] = {
                 b: module.stacked_axes(block.axes) for b, block in blocks.items()
             }
             self.rounded[name] = {b: block.rounded for b, block in blocks.items()}
+        self._ahead = None
+        if options.mtp:
+            self._ahead = module.Template(
+                lambda rngs: multi_token.MultiToken(options, rngs=rngs)
+            )
+            self.axes |= {name: self._ahead.axes for name in self._ahead_names()}
+            self.rounded |= {name: self._ahead.rounded for name in self._ahead_names()}
 
     def _named_segments(self):
         return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]
+
+    def _ahead_names(self):
+        return [f"mtp_{k}" for k in range(self.options.mtp)]
 
     def init(self, key: jax.Array) -> Params:
         outer_key, key = jax.random.split(key)
         params = dict(self._outer.init(outer_key))
         for name, seg in self._named_segments():
             params[name] = {}
-            for block, is_moe in _named_blocks(seg):
+            for block, kind in _named_blocks(seg):
                 key, block_key = jax.random.split(key)
-                template = self._block[is_moe]
+                template = self._block[kind]
                 params[name][block] = template.init_stacked(block_key, seg.repeats)
+        for name in self._ahead_names():
+            key, ahead_key = jax.random.split(key)
+            params[name] = self._ahead.init(ahead_key)
         return params
 
     def _moe_blocks(self):
+        """(segment or module, block, how often) of all MoE blocks."""
         for name, seg in self._named_segments():
-            for block, is_moe in _named_blocks(seg):
-                if is_moe:
-                    yield name, block, seg
+            for block, kind in _named_blocks(seg):
+                if kind.moe:
+                    yield name, block, seg.repeats
+        if isinstance(self.options.feed_forward, MoE):
+            yield from ((name, "block", 1) for name in self._ahead_names())
 
     def init_router_state(self) -> RouterState:
         state: RouterState = {}
-        for name, block, seg in self._moe_blocks():
+        for name, block, repeats in self._moe_blocks():
             ff = self.options.feed_forward
             one = balance.init_state(ff.balance, ff.num_experts)
-            stack = lambda a, n=seg.repeats: jnp.broadcast_to(a, (n, *a.shape))
+            stack = lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape))
             state.setdefault(name, {})[block] = jax.tree.map(stack, one)
         return state
 
@@ -153,9 +109,12 @@ class DecoderModel:
     def notes(self, rows: int, length: int) -> list[str]:
         """See `Model.notes`."""
         options, ff = self.options, self.options.feed_forward
-        lines = attention.auto.describe(
-            options.attention, length, options.width_per_head, options.dtype
-        )
+        shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
+        lines = [
+            line
+            for call in options.attention_calls(length, shards)
+            for line in attention.auto.describe(options.attention, call)
+        ]
         if isinstance(getattr(ff, "dispatch", None), auto.Auto):
             top_k = ff.selector.experts_per_token(ff.num_experts, length)
             shapes = rows * length, top_k, ff.num_experts
@@ -203,16 +162,15 @@ class DecoderModel:
 
     def init_cache(self, batch: int, length: int) -> dict[str, Any]:
         """An empty KV cache for `batch` texts of at most `length` tokens."""
-        options = self.options
-        shape = (batch, length, options.kv_heads, options.width_per_head)
         cache: dict[str, Any] = {}
         for name, seg in self._named_segments():
-            # An array of its own each: the caller may donate them.
-            zeros = lambda n=seg.repeats: jnp.zeros((n, *shape), options.dtype)
-            cache[name] = {
-                block: KVCache(keys=zeros(), values=zeros())
-                for block, _ in _named_blocks(seg)
-            }
+            cache[name] = {}
+            for block, kind in _named_blocks(seg):
+                layer = self._block[kind].hollow.attention
+                one = layer.init_cache(batch, length, self.options.dtype)
+                # An array of its own each: the caller may donate them.
+                stack = lambda a, n=seg.repeats: jnp.zeros((n, *a.shape), a.dtype)
+                cache[name][block] = jax.tree.map(stack, one)
         return cache
 
     def decode(
@@ -233,18 +191,79 @@ class DecoderModel:
 
     def output(self, params: Params, hidden: jax.Array) -> Output:
         """See `Model.output`."""
-        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        outer = self._bound_outer(params)
         with jax.named_scope("logits"):
-            return outer.output_of(hidden)
+            return outer.output_of(outer.norm(hidden))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, V), float32 or wider."""
         found = self.output(params, hidden)
         with jax.named_scope("logits"):
-            return cross_entropy.logits(found.hidden, found.matrix, found.axes)
+            return cross_entropy.logits(*found)
+
+    def _bound_outer(self, params: Params) -> Outer:
+        return self._outer.bind({name: params[name] for name in self._outer.axes})
+
+    @property
+    def depths_ahead(self) -> int:
+        """See `Model.depths_ahead`."""
+        return self.options.mtp
+
+    def ahead(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: TokenInputs,
+        normed: jax.Array,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> tuple[list[jax.Array], dict[str, Observation], MoEAux | None]:
+        """See `Model.ahead`."""
+        outer, found, observations, auxes = self._bound_outer(params), [], {}, []
+        policy = remat_policy(self.options.remat)
+        for k, name in enumerate(self._ahead_names()):
+            layer = self.num_moe_layers + k
+            of_layer = lambda a, i=layer: a[i]
+            fold = self.options.num_layers + k
+
+            def run(given, tokens, x, fold=fold):
+                embedded = outer.embed(tokens.tokens, self.options.dtype)
+                return self._ahead.bind(given["params"])(
+                    x,
+                    embedded,
+                    tokens,
+                    state=jax.tree.map(lambda a: a[0], given["state"]),
+                    carry=None,
+                    key=None if key is None else jax.random.fold_in(key, fold),
+                    mode=mode,
+                    override=given["override"],
+                )
+
+            if mode.train and policy is not None:
+                run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+            given = dict(
+                params=params[name],
+                state=router_state.get(name, {}).get("block"),
+                override=override and jax.tree.map(of_layer, override),
+            )
+            normed, aux = run(given, multi_token.ahead(inputs, k + 1), normed)
+            found.append(normed)
+            if aux is not None:
+                aux = jax.tree.map(lambda a: a[None], aux)
+                observations[name] = {"block": aux.observation}
+                auxes.append(aux)
+        return found, observations, self._joined(auxes)
+
+    def _joined(self, auxes: list[MoEAux]) -> MoEAux | None:
+        if not auxes:
+            return None
+        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+        return balance.pooled(self.options.feed_forward.balance, aux)
 
     def _run(self, params, router_state, inputs, cache, start, key, mode, override):
-        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        outer = self._bound_outer(params)
         x = outer.embed(inputs.tokens, self.options.dtype)
         x = rules.constrain(x, "batch", "sequence", None)
         carry, new_cache, observations, auxes = None, {}, {}, []
@@ -256,7 +275,7 @@ class DecoderModel:
                 override=_slice_override(override, seg),
                 repeat=jnp.arange(seg.repeats),
             )
-            if carry is None and any(seg.moe):
+            if carry is None and seg.num_moe:
                 carry = self._first_carry(x)
             (x, carry), (new_cache[name], aux) = self._scan(
                 seg, layers, x, carry, inputs, start, key, mode
@@ -264,11 +283,7 @@ class DecoderModel:
             if aux:
                 observations[name] = {b: a.observation for b, a in aux.items()}
                 auxes.append(_interleave(list(aux.values())))
-        aux = None
-        if auxes:
-            aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-            aux = balance.pooled(self.options.feed_forward.balance, aux)
-        return x, new_cache, observations, aux
+        return x, new_cache, observations, self._joined(auxes)
 
     def _first_carry(self, x):
         options = self.options.feed_forward.scorer
@@ -280,9 +295,9 @@ class DecoderModel:
         def body(state, layer):
             x, carry = state
             caches, auxes = {}, {}
-            for i, (name, is_moe) in enumerate(_named_blocks(seg)):
-                index = seg.first_layer + layer["repeat"] * len(seg.moe) + i
-                block = self._block[is_moe].bind(layer["params"][name])
+            for i, (name, kind) in enumerate(_named_blocks(seg)):
+                index = seg.first_layer + layer["repeat"] * len(seg.blocks) + i
+                block = self._block[kind].bind(layer["params"][name])
                 x, carry, caches[name], aux = block(
                     x,
                     inputs,
@@ -294,7 +309,7 @@ class DecoderModel:
                     mode,
                     layer["override"] and layer["override"].get(name),
                 )
-                if is_moe:
+                if kind.moe:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
@@ -308,21 +323,28 @@ class DecoderModel:
         total, active = 0, 0.0
         for name, leaf in self._shapes().items():
             total += leaf.size
-            active += leaf.size * self._share(name)
+            if not name.startswith("mtp_"):
+                active += leaf.size * self._share(name)
         return total, round(active)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """6 per active matrix weight, and causal attention (halved), both per token."""
+        """6 per active matrix weight, and attention to what is seen, both per token.
+
+        Without a window a query sees half of a row on average.
+        """
         options = self.options
         active = sum(
             leaf.size * self._share(name, sequence_length)
             for name, leaf in self._shapes().items()
             # A lookup costs nothing; a tied matrix is multiplied at the output.
-            if (name != "embedding" or options.tie_embeddings)
-            and not name.endswith("/scale")
+            if (name != "embedding" or options.tie_embeddings) and not _is_vector(name)
         )
-        heads = options.num_layers * options.num_heads * options.width_per_head
-        return 6 * active + 6 * heads * sequence_length
+        # Each depth multiplies with the output matrix again.
+        active += options.mtp * options.vocab_size * options.d_model
+        windows = options.windows() + options.windows()[-1:] * options.mtp
+        seen = sum(mean_seen(sequence_length, window) for window in windows)
+        widths = options.width_per_head + options.value_width
+        return 6 * active + 6 * options.num_heads * widths * seen
 
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return named_leaves(jax.eval_shape(self.init, jax.random.key(0)))
@@ -336,41 +358,14 @@ class DecoderModel:
         return served / ff.num_experts
 
 
-class Outer(nnx.Module):
-    """What stands outside the blocks: embedding, last norm, output matrix."""
-
-    def __init__(self, options: Decoder, *, rngs: nnx.Rngs):
-        vocab, d_model = options.vocab_size, options.d_model
-        dtype = options.param_dtype
-        self.embedding = module.param(
-            rngs,
-            (vocab, d_model),
-            ("vocab", "embed"),
-            std=options.init_std,
-            dtype=dtype,
-        )
-        self.norm = norms.RMSNorm(d_model, eps=options.norm_eps, dtype=dtype, rngs=rngs)
-        self.tied = options.tie_embeddings
-        if not options.tie_embeddings:
-            self.output = module.param(
-                rngs,
-                (d_model, vocab),
-                ("embed", "vocab"),
-                std=options.init_std,
-                dtype=dtype,
-            )
-
-    def embed(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        with jax.named_scope("embedding"):
-            return embedding.lookup(self.embedding[...], tokens, dtype)
-
-    def output_of(self, hidden: jax.Array) -> Output:
-        matrix = self.embedding if self.tied else self.output
-        return Output(self.norm(hidden), matrix[...], matrix.axes)
+def _is_vector(name: str) -> bool:
+    """Whether a weight is a norm's, a bias or the like, and costs next to nothing."""
+    last = name.rsplit("/", 1)[-1]
+    return last in ("scale", "bias", "output_bias", "b") or last.startswith("b_")
 
 
-def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:
-    return [(f"block_{i}", is_moe) for i, is_moe in enumerate(seg.moe)]
+def _named_blocks(seg: Segment) -> list[tuple[str, Kind]]:
+    return [(f"block_{i}", kind) for i, kind in enumerate(seg.blocks)]
 
 
 def _interleave(auxes: list[MoEAux]) -> MoEAux:
@@ -385,10 +380,10 @@ def _interleave(auxes: list[MoEAux]) -> MoEAux:
 
 def _slice_override(override: Override | None, seg: Segment):
     """The part of an override stacked on MoE layers that a segment's scan takes."""
-    if override is None or not any(seg.moe):
+    if override is None or not seg.num_moe:
         return None
-    per_repeat = sum(seg.moe)
-    names = [name for name, is_moe in _named_blocks(seg) if is_moe]
+    per_repeat = seg.num_moe
+    names = [name for name, kind in _named_blocks(seg) if kind.moe]
 
     def part(i):
         first = seg.first_moe + i

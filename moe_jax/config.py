@@ -39,6 +39,10 @@ class ModelConfig(Node):
         """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
         return 1
 
+    def uses_host(self) -> bool:
+        """Whether activations wait in the memory of the host, by its `remat`."""
+        return False
+
 
 class AttentionConfig(Node):
     """Base of the attentions (`nn/attention/`)."""
@@ -231,6 +235,10 @@ class TrainConfig(Node):
       steps: optimizer steps.
       batch_size: sequences per optimizer step, over all devices and hosts.
       accumulation: micro-batches per optimizer step; divides `batch_size`.
+      gather_once: gather the weights once per step and not for each use: all of them
+        are then in memory, whole, in the type of the computation.
+      offload_optimizer: keep the optimizer's arrays in the memory of the host; they
+        come to the device for the update.
       ema_decay: decay of the average of parameters; 0 keeps none.
       nan_policy: "skip" leaves the state as it was and counts; "stop" ends the run.
       max_skipped: with "skip", consecutive bad steps after which the run ends.
@@ -245,6 +253,8 @@ class TrainConfig(Node):
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
+    gather_once: bool = False
+    offload_optimizer: bool = False
     ema_decay: float = 0.0
     nan_policy: str = "skip"
     max_skipped: int = 20

@@ -31,6 +31,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.parallel import host
+
 _INDEX_RANGE = 2**32
 
 
@@ -46,20 +48,23 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
       ValueError: a complex array.
     """
     # One program for all leaves of one mesh: one compilation, one transfer.
-    groups: dict[object, list[str]] = {}
+    groups: dict[tuple[object, str], list[str]] = {}
     for name, leaf in leaves.items():
-        groups.setdefault(_place(leaf), []).append(name)
+        # Those of the host one by one: together they may not fit on the devices.
+        apart = name if host.is_there(leaf) else ""
+        groups.setdefault((_place(leaf), apart), []).append(name)
     pending = {}
-    for place, names in groups.items():
+    for (place, apart), names in groups.items():
         arrays = [leaves[name] for name in names]
         if isinstance(place, Mesh):
             specs = tuple(array.sharding.spec for array in arrays)
-            pending[place] = _sharded_sums(place, specs)(arrays)
+            sums = _sharded_sums(place, specs)(arrays)
         else:
-            pending[place] = _whole_sums(arrays)
+            sums = _whole_sums(arrays)
+        pending[place, apart] = np.asarray(sums) if apart else sums
     found = {}
-    for place, names in groups.items():
-        for name, (low, high) in zip(names, np.asarray(pending[place]), strict=True):
+    for group, names in groups.items():
+        for name, (low, high) in zip(names, np.asarray(pending[group]), strict=True):
             found[name] = f"{high:08x}{low:08x}"
     return {name: found[name] for name in leaves}
 
@@ -71,6 +76,7 @@ def _place(leaf: jax.Array) -> Mesh | Sharding:
 
 @jax.jit
 def _whole_sums(leaves: list[jax.Array]) -> jax.Array:
+    leaves = host.fetched(leaves)
     return jnp.stack([_sums(leaf, (0,) * leaf.ndim, leaf.shape) for leaf in leaves])
 
 
@@ -100,9 +106,8 @@ def _sharded_sums(mesh: Mesh, specs: tuple[P, ...]):
             [shard_sums(x, spec) for x, spec in zip(leaves, specs, strict=True)]
         )
 
-    return jax.jit(
-        jax.shard_map(all_sums, mesh=mesh, in_specs=(list(specs),), out_specs=P())
-    )
+    sums = jax.shard_map(all_sums, mesh=mesh, in_specs=(list(specs),), out_specs=P())
+    return jax.jit(lambda leaves: sums(host.fetched(leaves)))
 
 
 def _sums(x: jax.Array, starts: Sequence, shape: Sequence[int]) -> jax.Array:

@@ -52,6 +52,8 @@ class Model(Protocol):
       axes: tree of logical axes, like the parameters.
       rounded: tree of bools, like the parameters: whether a weight's gradient has no
         more digits than the computation's type (`nn.module.param`).
+      whole: tree of bools, like the parameters: whether the code takes a
+        `parallel.whole.Whole` in a weight's place.
       dtype: of the computation.
       needs_step_load: a loss takes the experts' load from the whole optimizer step;
         where that is accumulated, it is observed in a first pass.
@@ -61,6 +63,7 @@ class Model(Protocol):
 
     axes: Params
     rounded: Params
+    whole: Params
     dtype: str
     needs_step_load: bool
     expert_axes: tuple[str, ...]

@@ -4,10 +4,12 @@ import math
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models.base import Output, TokenInputs
 from moe_jax.models.decoder_attention import attention_of
 from moe_jax.models.decoder_config import Decoder, Kind
+from moe_jax.models.remat import INPUT
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.nn import embedding, feedforward, module, norms
 from moe_jax.parallel import rules
@@ -45,6 +47,7 @@ class Block(nnx.Module):
         self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
     ):
         """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
+        x = checkpoint_name(x, INPUT)
         with jax.named_scope("attention"):
             attended, cache = self.attention(
                 self.attention_norm(x), inputs.positions, inputs.segments, cache, start
@@ -92,6 +95,7 @@ class Outer(nnx.Module):
                 ("embed", "vocab"),
                 std=options.init_std,
                 dtype=dtype,
+                whole=True,
             )
         if options.output_bias:
             self.output_bias = module.param(rngs, (vocab,), ("vocab",), dtype=dtype)

@@ -5,14 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models import multi_token
+from moe_jax.models import multi_token, remat
 from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.block import Block, Outer
 from moe_jax.models.decoder_config import (
     Decoder,
     Kind,
     Segment,
-    remat_policy,
     segments_of,
 )
 from moe_jax.moe import balance
@@ -23,6 +22,7 @@ from moe_jax.moe.scorers import SCORERS
 from moe_jax.nn import attention, cross_entropy, module
 from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
+from moe_jax.nn.remat import scan_blocks
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
 
@@ -40,21 +40,26 @@ class DecoderModel:
             for kind in {kind for seg in self.segments for kind in seg.blocks}
         }
         self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
-        self.axes = dict(self._outer.axes)
-        self.rounded = dict(self._outer.rounded)
+        outer = self._outer
+        self.axes, self.rounded = dict(outer.axes), dict(outer.rounded)
+        self.whole = dict(outer.whole)
         for name, seg in self._named_segments():
             blocks = {b: self._block[kind] for b, kind in _named_blocks(seg)}
-            self.axes[name] = {
-                b: module.stacked_axes(block.axes) for b, block in blocks.items()
-            }
-            self.rounded[name] = {b: block.rounded for b, block in blocks.items()}
+            each = lambda fact, of=blocks: {b: fact(t) for b, t in of.items()}
+            self.axes[name] = each(lambda t: module.stacked_axes(t.axes))
+            self.rounded[name] = each(lambda t: t.rounded)
+            self.whole[name] = each(lambda t: t.whole)
         self._ahead = None
         if options.mtp:
             self._ahead = module.Template(
                 lambda rngs: multi_token.MultiToken(options, rngs=rngs)
             )
-            self.axes |= {name: self._ahead.axes for name in self._ahead_names()}
-            self.rounded |= {name: self._ahead.rounded for name in self._ahead_names()}
+            for name in self._ahead_names():
+                self.axes[name], self.rounded[name] = (
+                    self._ahead.axes,
+                    self._ahead.rounded,
+                )
+                self.whole[name] = self._ahead.whole
 
     def _named_segments(self):
         return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]
@@ -222,7 +227,7 @@ class DecoderModel:
     ) -> tuple[list[jax.Array], dict[str, Observation], MoEAux | None]:
         """See `Model.ahead`."""
         outer, found, observations, auxes = self._bound_outer(params), [], {}, []
-        policy = remat_policy(self.options.remat)
+        policies = remat.policies(self.options.remat)
         for k, name in enumerate(self._ahead_names()):
             layer = self.num_moe_layers + k
             of_layer = lambda a, i=layer: a[i]
@@ -241,6 +246,7 @@ class DecoderModel:
                     override=given["override"],
                 )
 
+            policy = policies[k % len(policies)]
             if mode.train and policy is not None:
                 run = jax.checkpoint(run, policy=policy, prevent_cse=False)
             given = dict(
@@ -313,10 +319,8 @@ class DecoderModel:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
-        policy = remat_policy(self.options.remat)
-        if mode.train and policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, (x, carry), layers)
+        policies = remat.policies(self.options.remat) if mode.train else (None,)
+        return scan_blocks(body, policies[: seg.repeats], (x, carry), layers)
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token."""

@@ -3,51 +3,19 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from moe_jax import config
+from moe_jax.models import remat
 from moe_jax.moe import capabilities
-from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import norms
 from moe_jax.nn.attention import auto, cudnn
-from moe_jax.nn.attention.common import ATTENDED, PROJECTED, Call
+from moe_jax.nn.attention.common import Call
 from moe_jax.nn.attention.latent import LatentAttention
 from moe_jax.nn.attention.layer import QK_NORMS
 from moe_jax.nn.attention.splash import Splash
-from moe_jax.nn.feedforward import HIDDEN
 from moe_jax.nn.rope import Rope
-from moe_jax.parallel.collectives import GATHERED
-
-# What a rematerialised block may keep for its backward pass, by the name in a config.
-REMAT_NAMES = {
-    "attention": ATTENDED,
-    "projections": PROJECTED,
-    "exchanges": EXCHANGED,
-    "hidden": HIDDEN,
-    "weights": GATHERED,
-}
-_PLAIN_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def remat_names(remat: str) -> frozenset[str]:
-    """What is kept by name: {"attention", "hidden"} of "attention+hidden"."""
-    return frozenset() if remat in _PLAIN_POLICIES else frozenset(remat.split("+"))
-
-
-def remat_policy(remat: str) -> Callable[..., Any] | None:
-    """The policy of `jax.checkpoint`; None: there is nothing to recompute."""
-    if remat in _PLAIN_POLICIES:
-        return _PLAIN_POLICIES[remat]
-    names = (REMAT_NAMES[name] for name in sorted(remat_names(remat)))
-    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 @config.node
@@ -91,7 +59,10 @@ class Decoder(config.ModelConfig):
         named, joined by "+": "attention" (what it mixed), "projections" (queries, keys
         and values), "exchanges" (rows that crossed between experts' shards, so that
         none crosses twice), "hidden" (what feed-forwards and experts multiply up to),
-        "weights" (as they were gathered).
+        "weights" (as they were gathered). "host:NAME" keeps it in the memory of the
+        host; there "input" may wait too, which is kept in any case. Several of these
+        with commas between them are taken in turn: with "full,none" every second block
+        recomputes all.
     """
 
     vocab_size: int = 258
@@ -174,6 +145,10 @@ class Decoder(config.ModelConfig):
         ff = self.feed_forward
         return ff.selector.rows_together() if isinstance(ff, MoE) else 1
 
+    def uses_host(self) -> bool:
+        """See `ModelConfig.uses_host`."""
+        return remat.uses_host(self.remat)
+
     def shrunk(self) -> "Decoder":
         """A small model of the same kind: same experts, routing, ratio of heads."""
         small = copy.deepcopy(self)
@@ -225,21 +200,32 @@ class Decoder(config.ModelConfig):
                 f"{path}.num_kv_heads={self.kv_heads}; it takes one of "
                 f"{config.divisors(self.num_heads)}"
             )
-        if unknown := remat_names(self.remat) - set(REMAT_NAMES):
-            yield (
-                f"{path}.remat={self.remat!r}: {sorted(unknown)[0]!r} is not known; it "
-                f"takes one of {list(_PLAIN_POLICIES)}, or some of "
-                f"{list(REMAT_NAMES)} joined by '+'"
-            )
+        yield from remat.problems(self, path, root)
         if self.norm not in norms.NORMS:
             yield f"{path}.norm={self.norm!r}: must be one of {sorted(norms.NORMS)}"
         for name in ("logit_softcap", "mtp"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
+        yield from self._turn_problems(path)
         yield from self._attention_problems(path, root)
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
+
+    def _turn_problems(self, path):
+        """Of policies that are taken in turn by a run of blocks."""
+        count, ff = self.remat.count(",") + 1, self.feed_forward
+        if isinstance(ff, MoE) and (ff.every < 1 or ff.first_dense < 0):
+            return
+        for seg in segments_of(self) if count > 1 else ():
+            if seg.repeats > count and seg.repeats % count:
+                of = f"times {len(seg.blocks)} blocks" if seg.blocks[1:] else "blocks"
+                yield (
+                    f"{path}.remat={self.remat!r} has {count} policies, taken in turn: "
+                    f"the run of {seg.repeats} {of} from block {seg.first_layer} on is "
+                    f"not a multiple; their number takes one of "
+                    f"{config.divisors(seg.repeats)}"
+                )
 
     def _attention_problems(self, path, root):
         if self.qk_norm not in QK_NORMS:
@@ -278,7 +264,7 @@ class Decoder(config.ModelConfig):
     def _moe_problems(self, path, root):
         options = self.feed_forward
         if not isinstance(options, MoE):
-            if "exchanges" in remat_names(self.remat):
+            if remat.names_of(self.remat) & {"exchanges", "host:exchanges"}:
                 yield (
                     f"{path}.remat={self.remat!r}: there are no experts, so nothing is "
                     "exchanged; leave 'exchanges' out, or set 'full'"

@@ -15,9 +15,7 @@ from moe_jax.moe.dispatch import DISPATCHES
 from moe_jax.moe.dispatch.common import Axes, Bring, LocalExperts, vary
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, mesh, rules
-
-_is_axes = lambda value: isinstance(value, tuple)
+from moe_jax.parallel import collectives, mesh, rules, whole
 
 
 def run(
@@ -86,7 +84,7 @@ def on_shards(
       (B, S, D) and the statistics.
     """
     length = x.shape[1]
-    weights = jax.tree.map(lambda w: module.cast(w, x.dtype), experts.weights())
+    weights = {n: module.cast(w, x.dtype) for n, w in experts.weights().items()}
     body = lambda tokens, weights: _shard(serve, experts, expert_axes, tokens, weights)
     current = jax.sharding.get_abstract_mesh()
     if current.empty:
@@ -97,7 +95,7 @@ def on_shards(
     missing = -length % rules.size(current, sequence)
     pad = lambda a: jnp.pad(a, [(0, 0), (0, missing)] + [(0, 0)] * (a.ndim - 2))
     token_spec = rules.spec(("batch", sequence))
-    weight_specs = jax.tree.map(rules.spec, experts.axes(), is_leaf=_is_axes)
+    weight_specs = {n: whole.spec(weights[n], a) for n, a in experts.axes().items()}
     y, stats = jax.shard_map(
         body,
         in_specs=(token_spec, weight_specs),
@@ -123,32 +121,33 @@ def _shard(serve, experts, expert_axes, tokens, weights):
         # Before the gather: its reverse then splits gradients before it adds copies.
         weights = vary(weights, axes.tokens)
         weights = _add_once(weights, experts.output_biases, width)
-        bring = _bring(experts)
+        if any(map(whole.is_whole, weights.values())):
+            weights = _gather_fsdp(weights, experts.axes())  # They are here already.
+        else:
+            bring = _bring(experts)
     given = LocalExperts(weights=weights, run=experts.rows, bring=bring)
     y, stats = serve(tokens, given, axes)
     # The experts' width may be split: each shard then holds a part of the sum.
     return collectives.total(y, width if axes.every else ()), stats
 
 
-def _bring(experts: Any) -> Bring:
+def _gather_fsdp(weights: dict[str, Any], axes: dict[str, rules.Axes]):
     """Brings back the dimensions that fsdp splits, inside `shard_map`.
 
     The derivative of this gather is a reduce-scatter of the gradient.
     """
-    is_split = lambda axis: axis is not None and axis.startswith("expert_embed")
-    axes_tree, names = experts.axes(), set()
-    for axes in jax.tree.leaves(axes_tree, is_leaf=_is_axes):
-        names.update(*(rules.mesh_axes(axis) for axis in axes if is_split(axis)))
+    return {name: whole.bring(w, axes[name]) for name, w in weights.items()}
 
-    def gather(axes, w):
-        for dim, axis in enumerate(axes):
-            if is_split(axis):
-                w = collectives.gather(w, rules.mesh_axes(axis), dim)
-        return w
 
+def _bring(experts: Any) -> Bring:
+    """How a dispatch brings the weights together itself."""
+    split = {axis for axes in experts.axes().values() for axis in axes}
+    names = {
+        n for axis in filter(rules.is_gathered, split) for n in rules.mesh_axes(axis)
+    }
     return Bring(
         tuple(a for a in mesh.AXES if a in names and jax.lax.axis_size(a) > 1),
-        lambda weights: jax.tree.map(gather, axes_tree, weights, is_leaf=_is_axes),
+        lambda weights: _gather_fsdp(weights, experts.axes()),
         experts.first,
     )
 

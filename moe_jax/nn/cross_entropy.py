@@ -11,10 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, rules, varying
+from moe_jax.parallel import collectives, rules, varying, whole
 
 _LEAST_BYTES = 16 * 2**20
 
@@ -74,7 +74,7 @@ def logits(
 def summed(
     options: Options,
     hidden: jax.Array,
-    matrix: jax.Array,
+    matrix: jax.Array | whole.Whole,
     targets: jax.Array,
     weights: jax.Array,
     bias: jax.Array | None = None,
@@ -88,7 +88,7 @@ def summed(
     Args:
       options: what is static.
       hidden: (B, S, D), split as ("batch", "sequence", None).
-      matrix: (D, V) or (V, D), split as `options.axes`.
+      matrix: (D, V) or (V, D), split as `options.axes`, or a `whole.Whole`.
       targets: (B, S) int32.
       weights: (B, S) float.
       bias: (V,), added to the logits; split as ("vocab",).
@@ -111,7 +111,8 @@ def _sums(options, nll, normaliser, weights):
 
 
 def _forward(options, *inputs):
-    inputs = jax.tree.map(lambda primal: primal.value, inputs)
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    inputs = jax.tree.map(lambda primal: primal.value, inputs, is_leaf=is_primal)
     nll, normaliser, *grads = _run(options, True, *inputs)
     # Else the compiler sums the matrix's gradient last: all of it would live till then.
     grads = jax.lax.optimization_barrier(grads)
@@ -134,7 +135,10 @@ def _backward(options, kept, given):
         more = _run(without, True, *inputs)[2:]
         grads = jax.tree.map(lambda g, m: g + to_plain * m, grads, list(more))
     typed = lambda g, of: g.astype(of.dtype)
-    to_hidden, to_matrix, to_bias = jax.tree.map(typed, grads, [hidden, matrix, bias])
+    places = [hidden, whole.place(matrix), bias]
+    to_hidden, to_matrix, to_bias = jax.tree.map(typed, grads, places)
+    if whole.is_whole(matrix):
+        to_matrix = whole.Whole(value=None, slot=to_matrix)
     return to_hidden, to_matrix, None, to_weights.astype(weights.dtype), to_bias
 
 
@@ -149,24 +153,28 @@ def _run(options, with_grads, hidden, matrix, targets, weights, bias):
     tokens = rules.spec(("batch", "sequence"))
     rows, split = rules.spec(("batch", "sequence", None)), rules.spec(options.axes)
     of_bias = None if bias is None else rules.spec(("vocab",))
+    of_matrix = whole.spec(matrix, options.axes)
     return jax.shard_map(
         functools.partial(_shard, options, with_grads, rules.mesh_axes("vocab")),
-        in_specs=(rows, split, tokens, tokens, of_bias),
+        in_specs=(rows, of_matrix, tokens, tokens, of_bias),
         out_specs=(tokens, tokens, rows, split, of_bias)[: 5 if with_grads else 2],
     )(*inputs)
 
 
 def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights, bias):
     """One shard's part of `_run`; without a mesh, and names, all of it."""
-    dim, parts = options.axes.index("embed"), (matrix, bias)
+    dim, parts = options.axes.index("embed"), (whole.place(matrix), bias)
     wide = module.accumulation_dtype(hidden.dtype)
     matrix = module.cast(matrix, hidden.dtype)
     rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
     names, across = (), None
     if vocab_names:
         names = rules.mesh_axes("embed")
-        across = _across(names, rows[0].shape[0], matrix.shape[1 - dim])
-        matrix = _bring(matrix, names, across, dim)
+        if whole.is_whole(matrix):
+            matrix = whole.bring(matrix, options.axes)
+        else:
+            across = _across(names, rows[0].shape[0], matrix.shape[1 - dim])
+            matrix = _bring(matrix, names, across, dim)
         matrix, bias = varying.vary_like((matrix, bias), hidden)
     shards, summed_by, own_bias = 1, vocab_names, bias
     if across:

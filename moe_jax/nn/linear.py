@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.nn import module
-from moe_jax.parallel import collectives, rules, varying
-
-_GATHERED = "embed"
+from moe_jax.parallel import collectives, rules, varying, whole
 
 
 def products(
@@ -29,7 +27,8 @@ def products(
     Args:
       x: (B, S, ...), split as `axes`.
       axes: logical; a dimension that cannot be split so stays whole.
-      weights: with one dimension "embed"; what is left of them is split alike.
+      weights: with one dimension "embed"; what is left of them is split alike. They
+        may hold a `whole.Whole`.
       contracted: number of dimensions that go.
 
     Returns:
@@ -39,26 +38,25 @@ def products(
     if jax.sharding.get_abstract_mesh().empty:
         return tuple(_product(x, w, contracted) for w in arrays)
     axes = rules.fitting(axes, x.shape)
-    names, kept = rules.mesh_axes(_GATHERED), len(axes) - contracted
+    kept = len(axes) - contracted
     split = tuple(name for axis in axes[kept:] for name in rules.mesh_axes(axis))
 
     def local(x, *arrays):
         found = []
         shards = [varying.vary_like(w, x) for w in arrays]
-        x = varying.vary_like(x, shards[0])  # One sum for all in the derivative.
+        # One sum for all in the derivative.
+        x = varying.vary_like(x, whole.place(shards[0]))
         for w, param in zip(shards, weights, strict=True):
-            w = module.cast(w, x.dtype)
-            w = collectives.gather(w, names, param.axes.index(_GATHERED))
+            w = whole.bring(module.cast(w, x.dtype), param.axes)
             found.append(collectives.total(_product(x, w, contracted), split))
         return tuple(found)
 
     def out_spec(param):
-        whole = (None if axis == _GATHERED else axis for axis in param.axes)
-        return rules.spec((*axes[:kept], *tuple(whole)[contracted:]))
+        return rules.spec((*axes[:kept], *rules.whole_axes(param.axes)[contracted:]))
 
     return jax.shard_map(
         local,
-        in_specs=(rules.spec(axes), *(rules.spec(w.axes) for w in weights)),
+        in_specs=(rules.spec(axes), *(whole.spec(w[...], w.axes) for w in weights)),
         out_specs=tuple(map(out_spec, weights)),
     )(x, *arrays)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.parallel import rules
+from moe_jax.parallel.whole import Whole, is_whole
 from moe_jax.tree import named_leaves, path_name, struct
 
 Params = dict[str, Any]
@@ -28,6 +30,7 @@ def param(
     value: float = 0.0,
     dtype: Any = jnp.float32,
     rounded: bool = False,
+    whole: bool = False,
 ) -> nnx.Param:
     """A weight: normal with deviation `std` cut at 3 sigma, or constant `value`.
 
@@ -40,18 +43,20 @@ def param(
       dtype: of the weight.
       rounded: whether every use of it goes through `cast`. Its gradient then has the
         digits of the computation's type, and is kept in that (see `slots`).
+      whole: whether what uses it takes a `parallel.whole.Whole` in its place.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
-    facts = dict(axes=axes, rounded=rounded)
+    facts = dict(axes=axes, rounded=rounded, whole=whole)
     if std is None:
         return nnx.Param(jnp.full(shape, value, dtype), **facts)
     draw = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
     return nnx.Param((draw * std).astype(dtype), **facts)
 
 
-# A weight that the computation rounds to its own type wherever it meets it.
-matrix = functools.partial(param, rounded=True)
+# A weight that the computation rounds to its own type wherever it meets it, and that
+# meets it where split weights are gathered: in `linear.products`, or as an expert's.
+matrix = functools.partial(param, rounded=True, whole=True)
 
 
 def rename_axes(owner: nnx.Module, rename: Callable[[str | None], str | None]) -> None:
@@ -98,6 +103,7 @@ class Template:
     Attributes:
       axes: nested dict of tuples of logical axes, one a weight.
       rounded: nested dict of bools, as `param` was told.
+      whole: the same.
       hollow: the module with the shapes of its weights, for what needs no more.
     """
 
@@ -109,6 +115,7 @@ class Template:
         facts = lambda of: nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=is_param))
         self.axes = facts(lambda p: p.axes)
         self.rounded = facts(lambda p: p.rounded)
+        self.whole = facts(lambda p: p.whole)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh weights: nested dict of arrays."""
@@ -119,10 +126,14 @@ class Template:
         return jax.vmap(self.init)(jax.random.split(key, count))
 
     def bind(self, params: Params) -> nnx.Module:
-        """The module with these weights (arrays or `Slotted`), ready to call."""
-        is_slotted = lambda leaf: isinstance(leaf, Slotted)
-        weight = lambda leaf: leaf.weight() if is_slotted(leaf) else leaf
-        return nnx.merge(self._graph, jax.tree.map(weight, params, is_leaf=is_slotted))
+        """The module with these weights, ready to call.
+
+        Args:
+          params: arrays, or `Slotted` ones, or `Whole` ones where `whole` allows it.
+        """
+        is_pair = lambda leaf: isinstance(leaf, Slotted | Whole)
+        weight = lambda leaf: leaf.weight() if isinstance(leaf, Slotted) else leaf
+        return nnx.merge(self._graph, jax.tree.map(weight, params, is_leaf=is_pair))
 
 
 def stacked_axes(axes: Params) -> Params:
@@ -132,12 +143,15 @@ def stacked_axes(axes: Params) -> Params:
     )
 
 
-def cast(w: jax.Array, dtype: Any) -> jax.Array:
+def cast(w: jax.Array | Whole, dtype: Any) -> jax.Array | Whole:
     """A weight in the type of the computation, rounded where it is used.
 
-    With a plain cast XLA:TPU takes bfloat16 for all that leads to it, and so keeps a
-    copy of the weights of all layers before the loop over them.
+    A `Whole` was cast before. With a plain cast XLA:TPU takes bfloat16 for all that
+    leads to it, and so keeps a copy of the weights of all layers before the loop over
+    them.
     """
+    if is_whole(w):
+        return w
     if jnp.dtype(dtype) == jnp.bfloat16 and w.dtype == jnp.float32:
         w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
     return w.astype(dtype)
@@ -158,6 +172,41 @@ def slots(params: Params, rounded: Params, dtype: Any) -> Params:
         return jnp.zeros(value.shape, kept)
 
     return jax.tree_util.tree_map_with_path(slot, params)
+
+
+def slotted(values: Params, slots: Params) -> Params:
+    """Parameters whose gradients come out in these slots.
+
+    Args:
+      values: nested dict of arrays or `Whole` ones.
+      slots: of their shapes.
+    """
+    pair = lambda value, slot: (
+        Whole(value=value.value, slot=slot)
+        if is_whole(value)
+        else Slotted(value=value, slot=slot)
+    )
+    return jax.tree.map(pair, values, slots, is_leaf=is_whole)
+
+
+def gathered(params: Params, facts: Any) -> Params:
+    """The parameters, each as a `Whole` that can be: cast and gathered here.
+
+    Args:
+      params: nested dict of arrays.
+      facts: with `axes`, `rounded`, `whole` and `dtype`, as those of a model.
+    """
+    axes = named_leaves(facts.axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    takes, places = named_leaves(facts.whole), slots(params, facts.rounded, facts.dtype)
+
+    def gather(path, value, slot):
+        name = path_name(path)
+        if not takes[name] or not any(map(rules.is_gathered, axes[name])):
+            return value
+        value = rules.constrain(cast(value, facts.dtype), *rules.whole_axes(axes[name]))
+        return Whole(value=value, slot=slot)
+
+    return jax.tree_util.tree_map_with_path(gather, params, places)
 
 
 def accumulation_dtype(dtype: Any) -> Any:

@@ -19,6 +19,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_mlp": ("tensor",),
 }
 
+# Dimensions of weights that no product leaves split.
+_GATHERED = ("embed", "expert_embed")
+
 Axes = tuple[str | None, ...]
 
 
@@ -66,6 +69,16 @@ def spec(axes: Axes) -> PartitionSpec:
     for names in map(mesh_axes, axes):
         entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
+
+
+def is_gathered(axis: str | None) -> bool:
+    """Whether a weight's dimension is brought together where the weight is used."""
+    return axis is not None and axis.partition("@")[0] in _GATHERED
+
+
+def whole_axes(axes: Axes) -> Axes:
+    """The axes of a weight that is gathered."""
+    return tuple(None if is_gathered(axis) else axis for axis in axes)
 
 
 def sharding(mesh: Mesh, axes: Axes) -> NamedSharding:

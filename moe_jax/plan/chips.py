@@ -25,6 +25,8 @@ class Chip:
       hbm_bytes: usable bytes.
       link_bandwidth: bytes/s of one inter-chip link, one way.
       dcn_bandwidth: bytes/s between slices.
+      host_bandwidth: bytes/s to the host or from it, each way; the same round figure
+        for all, of 16 lanes of PCIe 3.0.
       clock: Hz; 0 where no cycle estimates were calibrated.
       devices_per_chip: 2 where each core is a device of its own.
     """
@@ -36,6 +38,7 @@ class Chip:
     hbm_bytes: float
     link_bandwidth: float
     dcn_bandwidth: float
+    host_bandwidth: float = 15e9
     clock: float = 0.0
     devices_per_chip: int = 1
 

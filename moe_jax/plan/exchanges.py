@@ -77,7 +77,8 @@ def _split(
       uses: gathers per micro-batch.
     """
     micro, ways = lay.micro_batches, math.prod(lay.sizes[axis] for axis in axes)
-    found = [Exchange(GATHERS, "gather", axes, size, uses * micro, GATHERS_EXPOSED)]
+    count = 1 if lay.gathers_once else uses * micro
+    found = [Exchange(GATHERS, "gather", axes, size, count, GATHERS_EXPOSED)]
     if weight.trained:
         found.append(Exchange(SUMS, "gather", axes, size, micro))
         found.append(Exchange(SUMS, "reduce", _COPIES, size / ways, micro))

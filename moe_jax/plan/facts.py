@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from moe_jax import config_json, models
 from moe_jax.config import AttentionConfig, Config, DispatchConfig
 from moe_jax.errors import UserError
+from moe_jax.models import remat
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.decoder_config import remat_names
 from moe_jax.moe.dispatch import auto, plan, ragged
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -201,6 +201,7 @@ class Layout:
       sizes: of the mesh axes.
       slices: that the data axis spans.
       micro_batches: per step.
+      gathers_once: weights are gathered per step, not per use.
       rows: texts.
       length: tokens of a text, whole.
       tokens: of this device.
@@ -217,6 +218,7 @@ class Layout:
     sizes: dict[str, int]
     slices: int
     micro_batches: int
+    gathers_once: bool
     rows: float
     length: int
     tokens: float
@@ -234,7 +236,7 @@ class Layout:
 
     def keeps(self, name: str) -> bool:
         """Whether a rematerialised block keeps what has this name."""
-        return name in remat_names(self.model.remat)
+        return name in remat.names_of(self.model.remat)
 
     @property
     def recomputes(self) -> bool:
@@ -326,6 +328,7 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
         sizes=sizes,
         slices=slices,
         micro_batches=config.train.accumulation,
+        gathers_once=config.train.gather_once,
         rows=rows,
         length=length,
         tokens=tokens,

@@ -132,7 +132,8 @@ def _kept_by_name(facts: Facts, lay: Layout) -> Memory:
             rows = weight.layers * (lay.served if is_expert else lay.tokens)
             kind = "dispatch" if is_expert else "activations"
             found[kind] += rows * _side(lay, weight, experts) * lay.width
-        if lay.keeps("weights") and weight.block and weight.part != "router":
+        in_block = weight.block and weight.part != "router"
+        if in_block and (lay.keeps("weights") or lay.gathers_once):
             whole = lay.ways("expert", "mlp") if is_expert else lay.ways("tensor")
             found["gathered weights"] += weight.size / whole * lay.width
     return found

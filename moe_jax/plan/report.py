@@ -9,18 +9,19 @@ import jax
 from moe_jax.config import Config
 from moe_jax.errors import RunError
 from moe_jax.parallel import rules
-from moe_jax.plan import hlo, memory, program, schedule
+from moe_jax.plan import hlo, host_copies, memory, program, schedule
 from moe_jax.plan.collectives import Network
 from moe_jax.plan.memory import Memory, WeightShapes
 from moe_jax.plan.program import Program
-from moe_jax.plan.schedule import Totals
 from moe_jax.plan.topology import Topology
+from moe_jax.plan.totals import Totals
 from moe_jax.train.setup import Parts
 
 _BOUNDS = {
     "matmul_seconds": "matrix products",
     "memory_seconds": "HBM bandwidth",
     "exposed_seconds": "exposed collectives",
+    "host_seconds": "copies to the host and back",
 }
 
 
@@ -67,6 +68,25 @@ class LoopRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HostRow:
+    """Copies between a device and its host in one direction, all of a step.
+
+    Attributes:
+      direction: "to the host" or "from the host".
+      count: of copies.
+      nbytes: of all of them.
+      seconds: of all of them, hidden or not.
+      exposed_seconds: that the device waits for them.
+    """
+
+    direction: str
+    count: int
+    nbytes: int
+    seconds: float
+    exposed_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """What one device does in a step; seconds are modelled, not measured.
 
@@ -81,6 +101,7 @@ class Step:
       exposed_seconds: waiting for collectives.
       link_seconds: of all collectives, hidden ones too.
       collectives: the longest exposed first.
+      host: copies to the host and back.
       loops: that depend on data.
       scopes: seconds by part of the model, without waiting for asynchronous work.
       unknown_kernels: kernels whose FLOPs are not counted.
@@ -96,9 +117,15 @@ class Step:
     exposed_seconds: float
     link_seconds: float
     collectives: tuple[CollectiveRow, ...]
+    host: tuple[HostRow, ...]
     loops: tuple[LoopRow, ...]
     scopes: dict[str, float]
     unknown_kernels: tuple[str, ...]
+
+    @property
+    def host_seconds(self) -> float:
+        """Waiting for copies to the host and back."""
+        return sum(row.exposed_seconds for row in self.host)
 
     @property
     def bound(self) -> str:
@@ -120,6 +147,7 @@ class Plan:
       compile_seconds: on this machine.
       capacity_bytes: that a program may use; None: unknown.
       memory: at the peak of one device.
+      host_bytes: that lie in the memory of the host for one device.
       compiler_peak_bytes: as the compiler itself counts; None: it did not say.
       refused: the compiler itself found too little memory.
       tokens: per step, all devices.
@@ -138,6 +166,7 @@ class Plan:
     compile_seconds: float
     capacity_bytes: int | None
     memory: Memory
+    host_bytes: int
     compiler_peak_bytes: int | None
     refused: bool
     tokens: int
@@ -241,6 +270,7 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
             compiled.live_ranges,
             _weight_shapes(config, parts),
         ),
+        host_bytes=host_copies.host_bytes(compiled.buffers),
         compiler_peak_bytes=compiled.peak_bytes,
         refused=bool(compiled.out_of_memory),
         tokens=tokens,
@@ -302,6 +332,16 @@ def _step(totals: Totals, module: hlo.Module, loop_passes: float) -> Step:
         exposed_seconds=totals.exposed_seconds,
         link_seconds=totals.link_seconds,
         collectives=tuple(sorted(rows, key=lambda r: -r.exposed_seconds)),
+        host=tuple(
+            HostRow(
+                direction=direction,
+                count=round(t.count),
+                nbytes=round(t.payload),
+                seconds=t.seconds,
+                exposed_seconds=t.exposed,
+            )
+            for direction, t in sorted(totals.host.items())
+        ),
         loops=tuple(found),
         scopes=dict(sorted(totals.scopes.items(), key=lambda item: -item[1])),
         unknown_kernels=tuple(sorted(totals.unknown)),

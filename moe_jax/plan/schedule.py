@@ -8,13 +8,13 @@ synchronous one is all exposed.
 Modelled: the figures compare programs; they are no measurement.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator
 
-from moe_jax.plan import collectives, kernels, loops, work
+from moe_jax.plan import collectives, host_copies, kernels, loops, work
 from moe_jax.plan.collectives import Collective, Network
 from moe_jax.plan.hlo import Computation, Instruction, Module
+from moe_jax.plan.totals import Totals, Traffic
 
 _FREE = {
     "parameter",
@@ -29,85 +29,6 @@ _FREE = {
     "add-dependency",
     "get-dimension-size",
 }
-_SUMS = (
-    "flops",
-    "kernel_flops",
-    "hbm_bytes",
-    "matmul_seconds",
-    "memory_seconds",
-    "link_seconds",
-    "mxu_seconds",
-    "seconds",
-)
-
-
-@dataclasses.dataclass
-class Traffic:
-    """All executions of one kind of collective over one set of axes."""
-
-    count: float = 0.0
-    payload: float = 0.0
-    wire: float = 0.0
-    seconds: float = 0.0
-    exposed: float = 0.0
-
-    def add(self, other: "Traffic", times: float = 1.0) -> None:
-        for field in dataclasses.fields(self):
-            name = field.name
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
-
-
-@dataclasses.dataclass
-class Totals:
-    """What a computation does, sums over its instructions.
-
-    Attributes:
-      flops: of matrix products and kernels.
-      kernel_flops: of kernels alone.
-      hbm_bytes: read and written.
-      mxu_seconds: FLOPs over the peak rate.
-      matmul_seconds: time of what the matrix unit bounds.
-      memory_seconds: time of what HBM bounds.
-      link_seconds: of all collectives, hidden or not.
-      seconds: the walk's clock.
-      traffic: by (kind, axes).
-      scopes: seconds by scope of the model.
-      dynamic: loops whose passes depend on data: name -> (times met, one pass).
-      unknown: kernels without a work model.
-    """
-
-    flops: float = 0.0
-    kernel_flops: float = 0.0
-    hbm_bytes: float = 0.0
-    mxu_seconds: float = 0.0
-    matmul_seconds: float = 0.0
-    memory_seconds: float = 0.0
-    link_seconds: float = 0.0
-    seconds: float = 0.0
-    traffic: dict[tuple[str, tuple[str, ...]], Traffic] = dataclasses.field(
-        default_factory=dict
-    )
-    scopes: dict[str, float] = dataclasses.field(default_factory=dict)
-    dynamic: dict[str, tuple[float, "Totals"]] = dataclasses.field(default_factory=dict)
-    unknown: set[str] = dataclasses.field(default_factory=set)
-
-    @property
-    def exposed_seconds(self) -> float:
-        return sum(t.exposed for t in self.traffic.values())
-
-    def add(self, other: "Totals", times: float = 1.0) -> None:
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for key, traffic in other.traffic.items():
-            self.traffic.setdefault(key, Traffic()).add(traffic, times)
-        for scope, seconds in other.scopes.items():
-            self.scopes[scope] = self.scopes.get(scope, 0.0) + times * seconds
-        for name, (met, once) in other.dynamic.items():
-            before = self.dynamic.get(name, (0.0, once))[0]
-            self.dynamic[name] = (before + times * met, once)
-        self.unknown |= other.unknown
-
-
 _SCOPES = (
     "router",
     "dispatch",
@@ -164,7 +85,7 @@ class Timeline:
         self.walk = walk
         self.comp = comp
         self.total = Totals()
-        self.free = {"links": 0.0, "slices": 0.0}
+        self.free: dict[str, float] = {}  # When a network is, by its name.
         self.rendezvous: dict[str, str] = {}  # Of sends and recvs.
         self.flying: dict[str, tuple[float, Traffic | None]] = {}
         self.last_fused: tuple[float, Traffic | None] | None = None
@@ -226,9 +147,20 @@ class Timeline:
         self._pass(found.seconds, instruction)
 
     def _launch(self, name: str, found: Collective, network: str = "links") -> None:
-        begin = max(self.total.seconds, self.free[network])
-        self.free[network] = begin + found.seconds
-        self.flying[name] = (self.free[network], self._traffic(found))
+        self._fly(name, network, found.seconds, self._traffic(found))
+
+    def _fly(self, name: str, network: str, seconds: float, traffic: Traffic) -> None:
+        begin = max(self.total.seconds, self.free.get(network, 0.0))
+        self.free[network] = begin + seconds
+        self.flying[name] = (self.free[network], traffic)
+
+    def _copy(self, name: str, direction: str, nbytes: int) -> None:
+        """A copy to the host or from it, each way beside all else."""
+        seconds = nbytes / self.walk.network.chip.host_bandwidth
+        traffic = self.total.host.setdefault(direction, Traffic())
+        traffic.add(Traffic(1.0, nbytes, nbytes, seconds))
+        self.total.hbm_bytes += nbytes
+        self._fly(name, direction, seconds, traffic)
 
     def _exchange(self, instruction: Instruction) -> None:
         """A transfer between slices: it begins when sent, and recv waits for it."""
@@ -263,7 +195,9 @@ class Timeline:
 
     def _start(self, instruction: Instruction) -> None:
         kind = collectives.base_kind(instruction.opcode)
-        if kind:
+        if copy := host_copies.copied(instruction):
+            self._copy(instruction.name, *copy)
+        elif kind:
             self._launch(instruction.name, self._measure(instruction, kind, self.comp))
         elif instruction.opcode == "async-start":
             if instruction.operands:  # Else they come with its update.

@@ -144,6 +144,7 @@ def search(
             f"--topology={topology.name}: --search compares modelled times, and fake "
             "devices have none; name a TPU topology"
         )
+    _check(config)
     own = settings_of(config, len(topology.devices))
     points = _estimated(config, topology)
 
@@ -169,6 +170,21 @@ def search(
     compile_points(first)
     compile_points(next_choice(small() or list(points.values()), compile_best // 2))
     return _result(topology, points, own)
+
+
+def _check(config: Config) -> None:
+    """Raises for what the formulas do not know."""
+    if "," in config.model.remat or config.model.uses_host():
+        raise UserError(
+            f"--config.model.remat={config.model.remat} is not ranked by --search, "
+            "whose formulas take all blocks for alike and know no memory but the "
+            "device's; leave one policy, without 'host:'"
+        )
+    if config.train.offload_optimizer:
+        raise UserError(
+            "--config.train.offload_optimizer is not ranked by --search, whose "
+            "formulas know no memory but the device's; leave it out"
+        )
 
 
 def _estimated(config: Config, topology: Topology) -> dict[Settings, Point]:

@@ -25,6 +25,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _work(plan)
     yield ""
     yield from _collectives(plan)
+    yield from _host(plan)
     yield ""
     yield from _time(plan)
 
@@ -48,6 +49,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     for kind, nbytes in plan.memory.classes.items():
         share = nbytes / plan.memory.peak_bytes
         yield f"  {kind:<12} {nbytes / 1e9:9.3f} GB  {share:6.1%}"
+    if plan.host_bytes:
+        yield f"  on the host  {plan.host_bytes / 1e9:9.3f} GB, not counted above"
     yield "  largest buffers beside the arguments:"
     for buffer in plan.memory.largest[:_LARGEST]:
         yield (
@@ -96,6 +99,14 @@ def _collectives(plan: Plan) -> Iterator[str]:
         )
 
 
+def _host(plan: Plan) -> Iterator[str]:
+    for row in plan.step.host:
+        yield (
+            f"  copies {row.direction:<33}{row.count:>7}{row.nbytes / 1e6:>8.1f} MB"
+            f"{'':>11}{row.seconds * 1e3:>8.2f} ms{row.exposed_seconds * 1e3:>8.2f} ms"
+        )
+
+
 def _time(plan: Plan) -> Iterator[str]:
     step = plan.step
     yield (
@@ -106,6 +117,7 @@ def _time(plan: Plan) -> Iterator[str]:
         ("matrix products", step.matmul_seconds),
         ("HBM bandwidth", step.memory_seconds),
         ("exposed collectives", step.exposed_seconds),
+        *([("waiting for the host", step.host_seconds)] if step.host else []),
     ):
         yield f"  {name:<20} {seconds * 1e3:9.2f} ms  {seconds / step.seconds:6.1%}"
     shares = [

@@ -8,6 +8,7 @@ import optax
 
 from moe_jax import config
 from moe_jax.nn.module import Params
+from moe_jax.train import moments
 from moe_jax.tree import path_name
 
 
@@ -83,17 +84,36 @@ class AdamW(BaseOptimizer):
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       momentum_dtype: in which the first moment is kept from step to step; "": that of
-        the weights. The update of a step has all its digits.
+        the weights; "int8": in blocks (`train.moments`). The update of a step has all
+        its digits.
+      variance_dtype: the same of the second moment, "" or "int8".
+      block_size: entries that share a scale, with "int8".
     """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     momentum_dtype: str = ""
+    variance_dtype: str = ""
+    block_size: int = 64
+
+    @property
+    def packs(self) -> bool:
+        """Whether a moment is kept in blocks of eight bits a number."""
+        return moments.INT8 in (self.momentum_dtype, self.variance_dtype)
 
     def problems(self, path, root):
         yield from BaseOptimizer.problems(self, path, root)
-        if self.momentum_dtype:
+        if self.variance_dtype not in ("", moments.INT8):
+            yield f"{path}.variance_dtype={self.variance_dtype!r}: must be '' or 'int8'"
+        if self.block_size < 8:
+            yield f"{path}.block_size={self.block_size}: must be at least 8"
+        if self.block_size != AdamW().block_size and not self.packs:
+            yield (
+                f"{path}.block_size={self.block_size} would be ignored: no moment is "
+                "kept in 'int8'"
+            )
+        if self.momentum_dtype not in ("", moments.INT8):
             yield from config.dtype_problems(self, path, "momentum_dtype")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
@@ -124,19 +144,37 @@ class Adafactor(BaseOptimizer):
 
 def _adamw(options: AdamW) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(options.b1, options.b2, options.eps)
-    if not options.momentum_dtype:
-        return adam
-    # The `mu_dtype` of optax would also multiply in it, by b1 rounded to it.
-    narrow = lambda s: s._replace(mu=optax.tree.cast(s.mu, options.momentum_dtype))
+
+    def narrow(state):
+        return state._replace(
+            mu=_kept(options, options.momentum_dtype, True, state.mu, state.count),
+            nu=_kept(options, options.variance_dtype, False, state.nu, state.count),
+        )
 
     def update(updates, state, params=None):
-        wide = state._replace(mu=optax.tree.cast_like(state.mu, state.nu))
+        # The `mu_dtype` of optax would also multiply in it, by b1 rounded to it.
+        moments_of = lambda kept: _wide(kept, updates)
+        wide = state._replace(mu=moments_of(state.mu), nu=moments_of(state.nu))
         updates, state = adam.update(updates, wide, params)
         return updates, narrow(state)
 
     return optax.GradientTransformation(
         lambda params: narrow(adam.init(params)), update
     )
+
+
+def _kept(options, dtype, signed, moment, step):
+    """A moment as it is kept from step to step."""
+    if dtype == moments.INT8:
+        return moments.pack(moment, options.block_size, signed, step)
+    return optax.tree.cast(moment, dtype or None)
+
+
+def _wide(kept, like):
+    """The reverse of `_kept`, in the types of these arrays."""
+    if moments.is_pack(kept):
+        return moments.unpack(kept, like)
+    return optax.tree.cast_like(kept, like)
 
 
 def _adafactor(options: Adafactor) -> optax.GradientTransformation:
@@ -207,12 +245,36 @@ def _scale_by_rate(peak: float, schedule: optax.Schedule):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def in_turns(whole: config.Config) -> bool:
+    """Whether parameters are updated one after another (`train.turns`)."""
+    packs = isinstance(whole.optimizer, AdamW) and whole.optimizer.packs
+    return packs or whole.train.offload_optimizer
+
+
+def check(options: config.OptimizerConfig, params: Params) -> None:
+    """Raises UserError where parameters lie so that an option cannot hold."""
+    if isinstance(options, AdamW) and options.packs:
+        moments.check(params, options.block_size)
+
+
+def clip(options: config.OptimizerConfig) -> optax.GradientTransformation:
+    """Scales gradients to the largest norm, the one step that meets all of them."""
+    if not options.clip_norm:
+        return optax.identity()
+    return optax.clip_by_global_norm(options.clip_norm)
+
+
 def make_optimizer(
-    options: config.OptimizerConfig, schedule: optax.Schedule
+    options: config.OptimizerConfig, schedule: optax.Schedule, *, clips: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, scale by moments, decay, scale by the rate; groups by path.
 
     Its `update` takes the number of steps done before as `step`.
+
+    Args:
+      options: the config.
+      schedule: step -> factor of the rate.
+      clips: False where gradients come clipped; the state has the same places.
     """
 
     def scale_by_group(updates, params=None):
@@ -222,7 +284,7 @@ def make_optimizer(
     decayed = lambda params: _by_group(options, params, lambda group: group.decay)
     steps = []
     if options.clip_norm:
-        steps.append(optax.clip_by_global_norm(options.clip_norm))
+        steps.append(clip(options) if clips else optax.identity())
     steps.append(OPTIMIZERS[type(options)](options))
     if options.weight_decay:
         steps.append(optax.add_decayed_weights(options.weight_decay, mask=decayed))

@@ -11,7 +11,7 @@ from moe_jax import models
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.models.base import Model
-from moe_jax.parallel import batches, compiler, mesh, rules
+from moe_jax.parallel import batches, compiler, host, mesh, rules
 from moe_jax.train import optimizers, schedules, state, step
 from moe_jax.train.state import TrainState
 
@@ -61,11 +61,16 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
     """
     device_mesh = mesh.make_mesh(config.mesh, devices)
     _check_batch(config, device_mesh)
+    for option in _on_host(config):
+        host.check(device_mesh.devices.flat, option)
     model = models.build(config.model)
     schedule = schedules.make_schedule(config.schedule, config.train.steps)
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule)
+    # In turns, no parameter meets the others' gradients.
+    clips = not optimizers.in_turns(config)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, clips=clips)
     with jax.set_mesh(device_mesh):
         abstract = state.abstract_state(config, model, optimizer, device_mesh)
+    optimizers.check(config.optimizer, abstract.params)
     return Parts(
         config=config,
         mesh=device_mesh,
@@ -74,6 +79,16 @@ def make_parts(config: Config, devices: list | None = None) -> Parts:
         optimizer=optimizer,
         abstract=abstract,
     )
+
+
+def _on_host(config: Config) -> list[str]:
+    """Options that use the memory of the host."""
+    found = []
+    if config.train.offload_optimizer:
+        found.append("--config.train.offload_optimizer")
+    if config.model.uses_host():
+        found.append(f"--config.model.remat={config.model.remat}")
+    return found
 
 
 def _check_batch(config: Config, device_mesh: Mesh) -> None:

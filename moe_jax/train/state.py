@@ -1,5 +1,7 @@
 """The train state: everything that a checkpoint holds, and where each leaf lies."""
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.config import Config
 from moe_jax.models.base import Model
 from moe_jax.nn.module import Params
-from moe_jax.parallel import rules
-from moe_jax.train import optimizers
+from moe_jax.parallel import host, rules
+from moe_jax.train import moments, optimizers
 from moe_jax.tree import named_leaves, path_name, struct
 
 
@@ -65,8 +67,9 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
     """Where each leaf of a state lies.
 
     A leaf of the optimizer state whose path ends in a parameter's path, and which has
-    its shape, lies where the parameter lies. All else is replicated: scalars, router
-    state, and the factored moments of Adafactor.
+    its shape, lies where the parameter lies; so does one with a number for each block
+    of a dimension. All else is replicated: scalars, router state, and the factored
+    moments of Adafactor.
 
     Args:
       state: abstract or concrete.
@@ -86,14 +89,23 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
     }
 
     def of_leaf(path, leaf):
-        parts = path_name(path).split("/")
-        for i in range(len(parts)):
-            name = "/".join(parts[i:])
-            if name in flat_axes and leaf.shape == shapes[name]:
-                return rules.sharding(mesh, flat_axes[name])
+        name = owner(path_name(path), shapes)
+        whole = shapes.get(name)
+        if whole and (leaf.shape == whole or moments.is_blocks(leaf.shape, whole)):
+            return rules.sharding(mesh, flat_axes[name])
         return replicated
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def owner(name: str, params: Collection[str]) -> str:
+    """The parameter that a leaf of this path name belongs to; "" if it is of none.
+
+    Its path ends in the parameter's, the longest of those that do.
+    """
+    parts = name.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in params), "")
 
 
 def abstract_state(
@@ -104,6 +116,10 @@ def abstract_state(
     key = jax.eval_shape(jax.random.key, 0)  # The mesh's devices may not be there.
     shapes = jax.eval_shape(make, key)
     shardings = state_shardings(shapes, model.axes, mesh)
+    if config.train.offload_optimizer:
+        place = lambda s, where: host.place(where) if s.ndim else where
+        away = jax.tree.map(place, shapes.opt_state, shardings.opt_state)
+        shardings = dataclasses.replace(shardings, opt_state=away)
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
         shapes,

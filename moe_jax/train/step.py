@@ -15,7 +15,7 @@ from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
 from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
 from moe_jax.parallel import rules
-from moe_jax.train import optimizers
+from moe_jax.train import optimizers, turns
 from moe_jax.train.state import TrainState
 from moe_jax.tree import struct
 
@@ -94,7 +94,11 @@ def compute_gradients(
     weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     # Of the weights' type: a quotient of integers is in float32 always.
     tokens = jnp.maximum(_tokens(batch), 1).astype(weight.dtype)
-    forward = _forward(config, model, state, mode, override)
+    params, frozen = state.params, state.frozen
+    if config.train.gather_once:
+        with jax.named_scope("gathered_once"):
+            params, frozen = (module.gathered(p, model) for p in (params, frozen))
+    forward = _forward(config, model, state.step, frozen, mode, override)
 
     def total(params, router_state, micro, index):
         found = forward(params, router_state, micro, index)
@@ -103,7 +107,7 @@ def compute_gradients(
         value = found.sum / weight + aux_loss(aux)
         return value, (found.nll, found.observations, aux)
 
-    gradient = _with_gradient(model, state.params, total)
+    gradient = _with_gradient(model, state.params, params, total)
 
     def one(*given):
         (value, (nll, observations, aux)), grads = gradient(*given)
@@ -114,7 +118,7 @@ def compute_gradients(
     else:
         micros, router_state = micro_batches(batch, count), state.router_state
         if model.needs_step_load:
-            look = lambda m, i: forward(state.params, state.router_state, m, i)
+            look = lambda m, i: forward(params, state.router_state, m, i)
             observed = lambda m, i: look(m, i).observations
             seen = _sum_over(observed, micros, count, _add)
             router_state = model.with_step_load(router_state, seen)
@@ -131,16 +135,21 @@ def compute_gradients(
     )
 
 
-def _with_gradient(model, params, total):
+def _with_gradient(model, params, values, total):
     """`(*given) -> (value and aux of total(params, *given), gradient)`.
 
     The gradient is made in the slots of the weights.
+
+    Args:
+      model: the code.
+      params: the parameters.
+      values: the same, where they were gathered before.
+      total: the function.
     """
     slots = module.slots(params, model.rounded, model.dtype)
 
     def of_slots(slots, *given):
-        slotted = lambda value, slot: module.Slotted(value=value, slot=slot)
-        return total(jax.tree.map(slotted, params, slots), *given)
+        return total(module.slotted(values, slots), *given)
 
     def run(*given):
         found, grads = jax.value_and_grad(of_slots, has_aux=True)(slots, *given)
@@ -150,15 +159,15 @@ def _with_gradient(model, params, total):
     return run
 
 
-def _forward(config, model, state, mode, override):
-    """`(params, router_state, micro-batch, its index) -> Loss` at the state's step."""
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+def _forward(config, model, step, frozen, mode, override):
+    """`(params, router_state, micro-batch, its index) -> Loss` at this step."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     def forward(params, router_state, micro, index):
         return OBJECTIVES[type(config.objective)](
             config.objective,
             model,
-            optimizers.merge(params, state.frozen),
+            optimizers.merge(params, frozen),
             router_state,
             micro,
             key=jax.random.fold_in(key, index),
@@ -229,30 +238,35 @@ def apply_gradients(
     """
     norm = optax.tree.norm(found.grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
-    updates, opt_state = optimizer.update(
-        found.grads, state.opt_state, state.params, step=state.step
+    guard = lambda new, old: jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), new, old
     )
-    params = optax.apply_updates(state.params, updates)
+    if optimizers.in_turns(config):
+        clip = optimizers.clip(config.optimizer)
+        grads, _ = clip.update(found.grads, clip.init(state.params))
+        on_host = config.train.offload_optimizer
+        params, opt_state = turns.update(
+            optimizer, grads, state, finite, on_host=on_host
+        )
+    else:
+        updates, opt_state = optimizer.update(
+            found.grads, state.opt_state, state.params, step=state.step
+        )
+        params = guard(optax.apply_updates(state.params, updates), state.params)
+        opt_state = guard(opt_state, state.opt_state)
     ema = state.ema
     if ema is not None:
         decay = config.train.ema_decay
-        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
-    new = TrainState(
-        step=state.step,
+        mean = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+        ema = guard(mean, ema)
+    router_state = model.update_router_state(state.router_state, found.observations)
+    return TrainState(
+        step=state.step + 1,
         params=params,
         frozen=state.frozen,
         opt_state=opt_state,
-        router_state=model.update_router_state(state.router_state, found.observations),
+        router_state=guard(router_state, state.router_state),
         ema=ema,
-    )
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return TrainState(
-        step=state.step + 1,
-        params=kept.params,
-        frozen=state.frozen,
-        opt_state=kept.opt_state,
-        router_state=kept.router_state,
-        ema=kept.ema,
     ), norm
 
 

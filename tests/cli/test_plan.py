@@ -53,6 +53,7 @@ def planned(monkeypatch):
             compiler="none",
             compile_seconds=0.0,
             capacity_bytes=capacity,
+            host_bytes=0,
             memory=memory.Memory(
                 allocated // 2, allocated, {"parameters": allocated // 2}, ()
             ),

@@ -9,10 +9,10 @@ import pytest
 
 from moe_jax import config
 from moe_jax.models import build
+from moe_jax.models import remat as remat_lib
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
 from moe_jax.models.decoder_config import (
-    REMAT_NAMES,
     Decoder,
     Kind,
     Segment,
@@ -295,7 +295,7 @@ def test_remat_policies_give_the_same_gradients():
     )
     given = inputs(TOKENS, STEPS, np.ones((B, S)))
     grads, compiled = {}, {}
-    remats = ("none", "full", "dots", *REMAT_NAMES, "+".join(REMAT_NAMES))
+    remats = ("none", "full", "dots", *remat_lib.NAMES, "+".join(remat_lib.NAMES))
     for remat in remats:
         model = DecoderModel(options(num_layers=2, feed_forward=moe, remat=remat))
 
@@ -319,7 +319,33 @@ def test_remat_policies_give_the_same_gradients():
     dots = {remat: text.count("dot_general") for remat, text in compiled.items()}
     assert dots["none"] < dots["dots"] <= dots["full"]
     for remat in ("attention", "projections", "hidden"):
-        assert dots["+".join(REMAT_NAMES)] < dots[remat] < dots["full"], remat
+        assert dots["+".join(remat_lib.NAMES)] < dots[remat] < dots["full"], remat
+
+
+def test_policies_in_turn_change_no_number():
+    """Outputs keep the order of the layers; the parameters lie as before."""
+    given = inputs(TOKENS, STEPS, np.ones((B, S)))
+    found = {}
+    for remat in ("none", "full,none"):
+        # Blocks: dense, and twice (dense, MoE).
+        model = DecoderModel(options(num_layers=5, remat=remat))
+        model.options.feed_forward.dispatch = DenseDispatch()
+        params, state = drawn(model), model.init_router_state()
+
+        def value(params, model=model, state=state):
+            hidden, seen, aux = model.apply(params, state, given, key=None, mode=TRAIN)
+            total = jnp.sum(jnp.sin(hidden))
+            return total + sum(map(jnp.sum, aux.losses.values())), (seen, aux)
+
+        found[remat] = jax.jit(jax.grad(value, has_aux=True))(params)
+    (want, sums), (got, new) = found.values()
+    for name, grad in named_leaves(want).items():
+        np.testing.assert_allclose(
+            named_leaves(got)[name], grad, rtol=1e-3, atol=1e-5, err_msg=name
+        )
+    new = named_leaves(new)
+    for name, value in named_leaves(sums).items():
+        np.testing.assert_allclose(new[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +485,17 @@ def test_axes_mirror_the_parameters():
         (dict(remat="some"), {}, "remat='some': 'some' is not known"),
         (dict(remat="hidden+dots"), {}, "'dots' is not known"),
         (dict(remat="hidden+attention"), {}, ""),
+        # Runs of one, twice two, and one block.
+        (dict(remat="hidden+attention,none"), {}, ""),
+        (dict(remat="full,some"), {}, "'some' is not known"),
+        (dict(remat="full,"), {}, "'' is not known"),
+        (dict(remat="full,none,none"), {}, ""),
+        (
+            dict(remat="full,none,none", feed_forward=Dense(d_ff=8), num_layers=4),
+            {},
+            "the run of 4 blocks from block 0 on is not a multiple; their number "
+            "takes one of [1, 2, 4]",
+        ),
         (
             dict(remat="exchanges", feed_forward=Dense(d_ff=8)),
             {},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
-from moe_jax.models.decoder_config import remat_policy
+from moe_jax.models import remat
 from moe_jax.moe import sharded
 from moe_jax.moe.dispatch import DISPATCHES
 from moe_jax.moe.dispatch.auto import Auto
@@ -174,7 +174,7 @@ def test_exchanges_are_not_repeated_in_rematerialisation(axes_mesh, cls):
         def wrap(forward):
             def blocks(weights, x, weight_tk):
                 block = lambda x, w: (x + forward(w, x, weight_tk), None)
-                chosen = remat_policy(policy)
+                (chosen,) = remat.policies(policy)
                 if chosen is not None:
                     block = jax.checkpoint(block, policy=chosen, prevent_cse=False)
                 twice = jax.tree.map(lambda w: jnp.stack([w, w]), weights)

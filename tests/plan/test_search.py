@@ -311,6 +311,20 @@ def test_reasons_name_the_parts_that_grew(large):
     assert "token exchange +" in at(mesh=(1, 1, 4, 1, 2))
 
 
+@pytest.mark.parametrize(
+    ("remat", "offload", "word"),
+    [
+        ("full,none", False, "remat=full,none is not ranked"),
+        ("host:input", False, "remat=host:input is not ranked"),
+        ("full", True, "offload_optimizer is not ranked"),
+    ],
+)
+def test_what_the_formulas_do_not_know_is_refused(tiny, remat, offload, word):
+    tiny.model.remat, tiny.train.offload_optimizer = remat, offload
+    with pytest.raises(UserError, match=word):
+        search._check(tiny)
+
+
 def test_fake_devices_have_no_times(tiny):
     host = Topology(name="cpu:8", slices=1, chip=None, devices=range(8))
     with pytest.raises(UserError, match="fake devices have none"):

@@ -178,7 +178,7 @@ def test_no_decay_is_for_norm_scales_only(tiny):
     [
         (AdamW(learning_rate=0.0), "learning_rate=0.0: must be positive"),
         (AdamW(b2=1.0), "b2=1.0: must lie in [0, 1)"),
-        (AdamW(momentum_dtype="int8"), "momentum_dtype='int8': must be one of"),
+        (AdamW(momentum_dtype="int4"), "momentum_dtype='int4': must be one of"),
         (AdamW(clip_norm=-1.0), "clip_norm=-1.0: must not be negative"),
         (Adafactor(decay_rate=1.0), "decay_rate=1.0: must lie in (0, 1)"),
         (

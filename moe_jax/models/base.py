@@ -34,11 +34,15 @@ class Output(NamedTuple):
       hidden: (B, S, D), normed.
       matrix: (D, V) or (V, D), as parameters lie.
       axes: its logical axes, ("embed", "vocab") or the reverse.
+      bias: (V,), added to the product; or None.
+      softcap: c of `c tanh(logit / c)`, applied last; 0: none.
     """
 
     hidden: jax.Array
     matrix: jax.Array
     axes: Axes
+    bias: jax.Array | None = None
+    softcap: float = 0.0
 
 
 class Model(Protocol):
@@ -52,6 +56,7 @@ class Model(Protocol):
       needs_step_load: a loss takes the experts' load from the whole optimizer step;
         where that is accumulated, it is observed in a first pass.
       expert_axes: mesh axes over which experts are split; () without experts.
+      depths_ahead: how many further tokens `ahead` predicts; 0: none.
     """
 
     axes: Params
@@ -59,6 +64,7 @@ class Model(Protocol):
     dtype: str
     needs_step_load: bool
     expert_axes: tuple[str, ...]
+    depths_ahead: int
 
     def notes(self, rows: int, length: int) -> list[str]:
         """Lines about what was chosen for B x S tokens under the current mesh."""
@@ -90,6 +96,23 @@ class Model(Protocol):
         override: Override | None = None,
     ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
         """Hidden states, observations like the router state, MoE aux over L."""
+
+    def ahead(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: Any,
+        normed: jax.Array,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> tuple[list[jax.Array], dict[str, Observation], MoEAux | None]:
+        """For each depth hidden states as in `Output`, then what `apply` returns.
+
+        `normed` is `Output.hidden`. Arrays of `override` are stacked on the MoE layers
+        of `apply` and then those of the depths.
+        """
 
     def output(self, params: Params, hidden: jax.Array) -> Output:
         """Hidden states to the factors of the logits, for a loss over many tokens."""

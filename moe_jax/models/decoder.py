@@ -1,13 +1,13 @@
 """Decoder-only language model: pre-norm blocks, dense or MoE, scanned by segment."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from moe_jax.models import multi_token
 from moe_jax.models.base import Output, RouterState, TokenInputs
+from moe_jax.models.block import Block, Outer
 from moe_jax.models.decoder_config import (
     Decoder,
     Segment,
@@ -16,75 +16,14 @@ from moe_jax.models.decoder_config import (
 )
 from moe_jax.moe import balance
 from moe_jax.moe.dispatch import auto
-from moe_jax.moe.layer import MoE, MoELayer
+from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
-from moe_jax.nn import attention, cross_entropy, embedding, feedforward, module, norms
-from moe_jax.nn.attention.layer import Attention, KVCache
+from moe_jax.nn import attention, cross_entropy, module
+from moe_jax.nn.attention.layer import KVCache
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
-
-
-class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
-
-    def __init__(self, options: Decoder, is_moe: bool, *, rngs: nnx.Rngs):
-        out_std = options.init_std / math.sqrt(2 * options.num_layers)
-        shared = dict(std=options.init_std, out_std=out_std, dtype=options.param_dtype)
-        norm = dict(eps=options.norm_eps, dtype=options.param_dtype, rngs=rngs)
-        self.is_moe = is_moe
-        self.attention_norm = norms.RMSNorm(options.d_model, **norm)
-        self.attention = Attention(
-            options.d_model,
-            options.num_heads,
-            options.kv_heads,
-            options.width_per_head,
-            options.attention,
-            qk_norm=options.qk_norm,
-            rope_theta=options.rope_theta,
-            norm_eps=options.norm_eps,
-            rngs=rngs,
-            **shared,
-        )
-        self.feed_forward_norm = norms.RMSNorm(options.d_model, **norm)
-        ff = options.feed_forward
-        if is_moe:
-            self.moe = MoELayer(options.d_model, ff, rngs=rngs, **shared)
-        else:
-            if isinstance(ff, MoE):
-                ff = ff.dense(ff.dense_d_ff)
-            self.feed_forward = feedforward.FeedForward(
-                options.d_model, ff, rngs=rngs, **shared
-            )
-
-    def __call__(
-        self, x, inputs: TokenInputs, state, carry, cache, start, key, mode, override
-    ):
-        """(B, S, D) in and out; also the router's carry, the cache and MoEAux."""
-        with jax.named_scope("attention"):
-            attended, cache = self.attention(
-                self.attention_norm(x), inputs.positions, inputs.segments, cache, start
-            )
-        x = rules.constrain(x + attended, "batch", "sequence", None)
-        normed, aux = self.feed_forward_norm(x), None
-        if self.is_moe:
-            y, carry, aux = self.moe(
-                normed,
-                router_state=state,
-                valid=inputs.segments > 0,
-                token_ids=inputs.tokens,
-                positions=inputs.positions,
-                segments=inputs.segments,
-                carry=carry,
-                key=key,
-                mode=mode,
-                override=override,
-            )
-        else:
-            with jax.named_scope("feed_forward"):
-                y = self.feed_forward(normed)
-        return rules.constrain(x + y, "batch", "sequence", None), carry, cache, aux
 
 
 class DecoderModel:
@@ -108,9 +47,19 @@ class DecoderModel:
                 b: module.stacked_axes(block.axes) for b, block in blocks.items()
             }
             self.rounded[name] = {b: block.rounded for b, block in blocks.items()}
+        self._ahead = None
+        if options.mtp:
+            self._ahead = module.Template(
+                lambda rngs: multi_token.MultiToken(options, rngs=rngs)
+            )
+            self.axes |= {name: self._ahead.axes for name in self._ahead_names()}
+            self.rounded |= {name: self._ahead.rounded for name in self._ahead_names()}
 
     def _named_segments(self):
         return [(f"segment_{i}", seg) for i, seg in enumerate(self.segments)]
+
+    def _ahead_names(self):
+        return [f"mtp_{k}" for k in range(self.options.mtp)]
 
     def init(self, key: jax.Array) -> Params:
         outer_key, key = jax.random.split(key)
@@ -121,20 +70,26 @@ class DecoderModel:
                 key, block_key = jax.random.split(key)
                 template = self._block[is_moe]
                 params[name][block] = template.init_stacked(block_key, seg.repeats)
+        for name in self._ahead_names():
+            key, ahead_key = jax.random.split(key)
+            params[name] = self._ahead.init(ahead_key)
         return params
 
     def _moe_blocks(self):
+        """(segment or module, block, how often) of all MoE blocks."""
         for name, seg in self._named_segments():
             for block, is_moe in _named_blocks(seg):
                 if is_moe:
-                    yield name, block, seg
+                    yield name, block, seg.repeats
+        if isinstance(self.options.feed_forward, MoE):
+            yield from ((name, "block", 1) for name in self._ahead_names())
 
     def init_router_state(self) -> RouterState:
         state: RouterState = {}
-        for name, block, seg in self._moe_blocks():
+        for name, block, repeats in self._moe_blocks():
             ff = self.options.feed_forward
             one = balance.init_state(ff.balance, ff.num_experts)
-            stack = lambda a, n=seg.repeats: jnp.broadcast_to(a, (n, *a.shape))
+            stack = lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape))
             state.setdefault(name, {})[block] = jax.tree.map(stack, one)
         return state
 
@@ -233,18 +188,79 @@ class DecoderModel:
 
     def output(self, params: Params, hidden: jax.Array) -> Output:
         """See `Model.output`."""
-        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        outer = self._bound_outer(params)
         with jax.named_scope("logits"):
-            return outer.output_of(hidden)
+            return outer.output_of(outer.norm(hidden))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, V), float32 or wider."""
         found = self.output(params, hidden)
         with jax.named_scope("logits"):
-            return cross_entropy.logits(found.hidden, found.matrix, found.axes)
+            return cross_entropy.logits(*found)
+
+    def _bound_outer(self, params: Params) -> Outer:
+        return self._outer.bind({name: params[name] for name in self._outer.axes})
+
+    @property
+    def depths_ahead(self) -> int:
+        """See `Model.depths_ahead`."""
+        return self.options.mtp
+
+    def ahead(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: TokenInputs,
+        normed: jax.Array,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> tuple[list[jax.Array], dict[str, Observation], MoEAux | None]:
+        """See `Model.ahead`."""
+        outer, found, observations, auxes = self._bound_outer(params), [], {}, []
+        policy = remat_policy(self.options.remat)
+        for k, name in enumerate(self._ahead_names()):
+            layer = self.num_moe_layers + k
+            of_layer = lambda a, i=layer: a[i]
+            fold = self.options.num_layers + k
+
+            def run(given, tokens, x, fold=fold):
+                embedded = outer.embed(tokens.tokens, self.options.dtype)
+                return self._ahead.bind(given["params"])(
+                    x,
+                    embedded,
+                    tokens,
+                    state=jax.tree.map(lambda a: a[0], given["state"]),
+                    carry=None,
+                    key=None if key is None else jax.random.fold_in(key, fold),
+                    mode=mode,
+                    override=given["override"],
+                )
+
+            if mode.train and policy is not None:
+                run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+            given = dict(
+                params=params[name],
+                state=router_state.get(name, {}).get("block"),
+                override=override and jax.tree.map(of_layer, override),
+            )
+            normed, aux = run(given, multi_token.ahead(inputs, k + 1), normed)
+            found.append(normed)
+            if aux is not None:
+                aux = jax.tree.map(lambda a: a[None], aux)
+                observations[name] = {"block": aux.observation}
+                auxes.append(aux)
+        return found, observations, self._joined(auxes)
+
+    def _joined(self, auxes: list[MoEAux]) -> MoEAux | None:
+        if not auxes:
+            return None
+        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+        return balance.pooled(self.options.feed_forward.balance, aux)
 
     def _run(self, params, router_state, inputs, cache, start, key, mode, override):
-        outer = self._outer.bind({name: params[name] for name in self._outer.axes})
+        outer = self._bound_outer(params)
         x = outer.embed(inputs.tokens, self.options.dtype)
         x = rules.constrain(x, "batch", "sequence", None)
         carry, new_cache, observations, auxes = None, {}, {}, []
@@ -264,11 +280,7 @@ class DecoderModel:
             if aux:
                 observations[name] = {b: a.observation for b, a in aux.items()}
                 auxes.append(_interleave(list(aux.values())))
-        aux = None
-        if auxes:
-            aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
-            aux = balance.pooled(self.options.feed_forward.balance, aux)
-        return x, new_cache, observations, aux
+        return x, new_cache, observations, self._joined(auxes)
 
     def _first_carry(self, x):
         options = self.options.feed_forward.scorer
@@ -308,7 +320,8 @@ class DecoderModel:
         total, active = 0, 0.0
         for name, leaf in self._shapes().items():
             total += leaf.size
-            active += leaf.size * self._share(name)
+            if not name.startswith("mtp_"):
+                active += leaf.size * self._share(name)
         return total, round(active)
 
     def flops_per_token(self, sequence_length: int) -> float:
@@ -318,10 +331,15 @@ class DecoderModel:
             leaf.size * self._share(name, sequence_length)
             for name, leaf in self._shapes().items()
             # A lookup costs nothing; a tied matrix is multiplied at the output.
-            if (name != "embedding" or options.tie_embeddings)
-            and not name.endswith("/scale")
+            if (name != "embedding" or options.tie_embeddings) and not _is_vector(name)
         )
-        heads = options.num_layers * options.num_heads * options.width_per_head
+        # Each depth multiplies with the output matrix again.
+        active += options.mtp * options.vocab_size * options.d_model
+        heads = (
+            (options.num_layers + options.mtp)
+            * options.num_heads
+            * options.width_per_head
+        )
         return 6 * active + 6 * heads * sequence_length
 
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -336,37 +354,10 @@ class DecoderModel:
         return served / ff.num_experts
 
 
-class Outer(nnx.Module):
-    """What stands outside the blocks: embedding, last norm, output matrix."""
-
-    def __init__(self, options: Decoder, *, rngs: nnx.Rngs):
-        vocab, d_model = options.vocab_size, options.d_model
-        dtype = options.param_dtype
-        self.embedding = module.param(
-            rngs,
-            (vocab, d_model),
-            ("vocab", "embed"),
-            std=options.init_std,
-            dtype=dtype,
-        )
-        self.norm = norms.RMSNorm(d_model, eps=options.norm_eps, dtype=dtype, rngs=rngs)
-        self.tied = options.tie_embeddings
-        if not options.tie_embeddings:
-            self.output = module.param(
-                rngs,
-                (d_model, vocab),
-                ("embed", "vocab"),
-                std=options.init_std,
-                dtype=dtype,
-            )
-
-    def embed(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        with jax.named_scope("embedding"):
-            return embedding.lookup(self.embedding[...], tokens, dtype)
-
-    def output_of(self, hidden: jax.Array) -> Output:
-        matrix = self.embedding if self.tied else self.output
-        return Output(self.norm(hidden), matrix[...], matrix.axes)
+def _is_vector(name: str) -> bool:
+    """Whether a weight is a norm's, a bias or the like, and costs next to nothing."""
+    last = name.rsplit("/", 1)[-1]
+    return last in ("scale", "bias", "output_bias", "b") or last.startswith("b_")
 
 
 def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:

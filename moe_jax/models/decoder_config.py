@@ -11,6 +11,7 @@ from moe_jax import config
 from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
+from moe_jax.nn import norms
 from moe_jax.nn.attention import auto
 from moe_jax.nn.attention.common import ATTENDED, PROJECTED
 from moe_jax.nn.attention.splash import Splash
@@ -60,8 +61,13 @@ class Decoder(config.ModelConfig):
       feed_forward: dense, or MoE in some or all blocks.
       qk_norm: RMS-normalise queries and keys per head.
       rope_theta: base of the rotary wavelengths.
+      norm: of the residual stream, one of `nn.norms.NORMS`: "rms" or "layer".
       norm_eps: of all norms.
       tie_embeddings: one matrix for input and output.
+      output_bias: add a vector to the logits; it begins at zero.
+      logit_softcap: c of `c tanh(logit / c)`; 0: none.
+      mtp: modules that predict one token further each (`models.multi_token`); what
+        they cost is `objective.mtp_weight`. Generation leaves them out.
       init_std: deviation of the initial weights; the projections back to the
         residual stream get it divided by sqrt(2 * num_layers) (GPT-2).
       dtype: of the computation.
@@ -84,8 +90,12 @@ class Decoder(config.ModelConfig):
     feed_forward: config.FeedForwardConfig = dataclasses.field(default_factory=MoE)
     qk_norm: bool = False
     rope_theta: float = 10000.0
+    norm: str = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    output_bias: bool = False
+    logit_softcap: float = 0.0
+    mtp: int = 0
     init_std: float = 0.02
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -157,6 +167,11 @@ class Decoder(config.ModelConfig):
                 f"takes one of {list(_PLAIN_POLICIES)}, or some of "
                 f"{list(REMAT_NAMES)} joined by '+'"
             )
+        if self.norm not in norms.NORMS:
+            yield f"{path}.norm={self.norm!r}: must be one of {sorted(norms.NORMS)}"
+        for name in ("logit_softcap", "mtp"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)

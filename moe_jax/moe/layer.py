@@ -84,12 +84,9 @@ class MoE(config.FeedForwardConfig):
 
     def dense(self, d_ff: int) -> feedforward.Dense:
         """A dense feed-forward of the experts' kind, for shared experts and blocks."""
-        return feedforward.Dense(
-            d_ff=d_ff,
-            activation=getattr(self.experts, "activation", "silu"),
-            gated=getattr(self.experts, "gated", True),
-            bias=getattr(self.experts, "bias", False),
-        )
+        names = {field.name for field in dataclasses.fields(feedforward.Dense)}
+        alike = {n: getattr(self.experts, n) for n in names if hasattr(self.experts, n)}
+        return feedforward.Dense(**alike | {"d_ff": d_ff})
 
     def problems(self, path, root):
         for name, least in (

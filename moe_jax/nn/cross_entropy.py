@@ -26,12 +26,14 @@ class Options:
     Attributes:
       axes: of the output matrix, ("embed", "vocab") or the reverse.
       z_weight: of the squared log-normaliser.
+      softcap: c of `c tanh(logit / c)` (Gemma 2, arXiv:2408.00118); 0: none.
       chunk: tokens of one shard whose logits are there at once, up to a multiple of 8;
         0: `chunk_of`.
     """
 
     axes: rules.Axes = ("embed", "vocab")
     z_weight: float = 0.0
+    softcap: float = 0.0
     chunk: int = 0
 
 
@@ -49,14 +51,23 @@ def chunk_of(width: int, vocab: int) -> int:
     return max(width, _LEAST_BYTES // (4 * vocab))
 
 
-def logits(hidden: jax.Array, matrix: jax.Array, axes: rules.Axes) -> jax.Array:
+def logits(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    axes: rules.Axes,
+    bias: jax.Array | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
     """(..., D) -> (..., V), float32 or wider; the matrix has these axes."""
     wide = module.accumulation_dtype(hidden.dtype)
     matrix = matrix.astype(hidden.dtype)
     shape = "dv" if axes[0] == "embed" else "vd"
-    return jnp.einsum(
+    found = jnp.einsum(
         f"...d,{shape}->...v", hidden, matrix, preferred_element_type=wide
     )
+    if bias is not None:
+        found = found + bias.astype(wide)
+    return softcap * jnp.tanh(found / softcap) if softcap else found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,6 +77,7 @@ def summed(
     matrix: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over tokens; the first is cheap to differentiate.
 
@@ -79,11 +91,13 @@ def summed(
       matrix: (D, V) or (V, D), split as `options.axes`.
       targets: (B, S) int32.
       weights: (B, S) float.
+      bias: (V,), added to the logits; split as ("vocab",).
 
     Returns:
       () of `nll + z_weight * log_normaliser ** 2` in nats, and () of `nll` alone.
     """
-    nll, normaliser = _run(options, False, hidden, matrix, targets, weights)
+    inputs = (hidden, matrix, targets, weights, bias)
+    nll, normaliser = _run(options, False, *inputs)[:2]
     return _sums(options, nll, normaliser, weights)
 
 
@@ -97,75 +111,75 @@ def _sums(options, nll, normaliser, weights):
 
 
 def _forward(options, *inputs):
-    inputs = tuple(primal.value for primal in inputs)
+    inputs = jax.tree.map(lambda primal: primal.value, inputs)
     nll, normaliser, *grads = _run(options, True, *inputs)
     # Else the compiler sums the matrix's gradient last: all of it would live till then.
     grads = jax.lax.optimization_barrier(grads)
-    sums = _sums(options, nll, normaliser, inputs[-1])
+    sums = _sums(options, nll, normaliser, inputs[3])
     return sums, (inputs, nll, normaliser, grads)
 
 
 def _backward(options, kept, given):
     inputs, nll, normaliser, grads = kept
-    hidden, matrix, _, weights = inputs
+    hidden, matrix, _, weights, bias = inputs
     to_total, to_plain = (0.0 if isinstance(g, SymbolicZero) else g for g in given)
     squares = options.z_weight * jnp.square(normaliser)
     to_weights = to_total * (nll + squares) + to_plain * nll
     if not options.z_weight:
         to_total = to_total + to_plain  # The two are one sum.
-    grads = [to_total * g for g in grads]
+    grads = jax.tree.map(lambda g: to_total * g, grads)
     if options.z_weight and not isinstance(given[1], SymbolicZero):
         # Nobody trains on this one: it may cost the logits once more.
         without = dataclasses.replace(options, z_weight=0.0)
         more = _run(without, True, *inputs)[2:]
-        grads = [g + to_plain * m for g, m in zip(grads, more, strict=True)]
-    return (
-        grads[0].astype(hidden.dtype),
-        grads[1].astype(matrix.dtype),
-        None,
-        to_weights.astype(weights.dtype),
-    )
+        grads = jax.tree.map(lambda g, m: g + to_plain * m, grads, list(more))
+    typed = lambda g, of: g.astype(of.dtype)
+    to_hidden, to_matrix, to_bias = jax.tree.map(typed, grads, [hidden, matrix, bias])
+    return to_hidden, to_matrix, None, to_weights.astype(weights.dtype), to_bias
 
 
 summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _run(options, with_grads, hidden, matrix, targets, weights):
+def _run(options, with_grads, hidden, matrix, targets, weights, bias):
     """Per token: nll and log-normaliser (B, S); with gradients those of the total."""
-    inputs = (hidden, matrix, targets, weights)
+    inputs = (hidden, matrix, targets, weights, bias)
     if jax.sharding.get_abstract_mesh().empty:
         return _shard(options, with_grads, (), *inputs)
     tokens = rules.spec(("batch", "sequence"))
     rows, split = rules.spec(("batch", "sequence", None)), rules.spec(options.axes)
+    of_bias = None if bias is None else rules.spec(("vocab",))
     return jax.shard_map(
         functools.partial(_shard, options, with_grads, rules.mesh_axes("vocab")),
-        in_specs=(rows, split, tokens, tokens),
-        out_specs=(tokens, tokens, rows, split)[: 4 if with_grads else 2],
+        in_specs=(rows, split, tokens, tokens, of_bias),
+        out_specs=(tokens, tokens, rows, split, of_bias)[: 5 if with_grads else 2],
     )(*inputs)
 
 
-def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights):
+def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights, bias):
     """One shard's part of `_run`; without a mesh, and names, all of it."""
-    dim, part = options.axes.index("embed"), matrix
+    dim, parts = options.axes.index("embed"), (matrix, bias)
     wide = module.accumulation_dtype(hidden.dtype)
     matrix = module.cast(matrix, hidden.dtype)
     if vocab_names:
         names = rules.mesh_axes("embed")
         matrix = collectives.gather(matrix, names, dim)
-        matrix = varying.vary_like(matrix, hidden)
-    total = jnp.zeros_like(matrix, wide) if with_grads else None
+        matrix, bias = varying.vary_like((matrix, bias), hidden)
+    zeros = lambda w: jnp.zeros_like(w, wide)
+    total = jax.tree.map(zeros, (matrix, bias)) if with_grads else None
     rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
     size = options.chunk or chunk_of(matrix.shape[dim], matrix.shape[1 - dim])
-    step = functools.partial(_chunk, options, vocab_names, matrix)
+    step = functools.partial(_chunk, options, vocab_names, matrix, bias)
     total, found = _in_chunks(step, total, rows, size)
     found = tuple(a.reshape(*hidden.shape[:2], *a.shape[1:]) for a in found)
     if not with_grads:
         return found
     if vocab_names:
         # In the type of the computation, as the gradients of all weights are sent.
-        total = collectives.scatter(total.astype(hidden.dtype), names, dim)
-        total = collectives.total_like(total, part).astype(wide)
-    return *found, total
+        of_matrix = collectives.scatter(total[0].astype(hidden.dtype), names, dim)
+        of_parts = lambda g, w: collectives.total_like(g, w).astype(wide)
+        total = jax.tree.map(of_parts, (of_matrix, total[1]), parts)
+    return *found, *total
 
 
 def _in_chunks(step, total, rows, size):
@@ -186,14 +200,14 @@ def _in_chunks(step, total, rows, size):
     return total, tuple(a.reshape(-1, *a.shape[2:])[:length] for a in found)
 
 
-def _chunk(options, vocab_names, matrix, total, rows):
-    """Adds a chunk's gradient of the matrix to `total`, unless that is None.
+def _chunk(options, vocab_names, matrix, bias, total, rows):
+    """Adds a chunk's gradients of matrix and bias to `total`, unless that is None.
 
     Returns:
       It, and nll and log-normaliser (C,), with the gradient of the rows (C, D).
     """
     hidden, targets, weights = rows
-    logits_cv = logits(hidden, matrix, options.axes)
+    logits_cv = logits(hidden, matrix, options.axes, bias, options.softcap)
     ids = jnp.arange(logits_cv.shape[1], dtype=targets.dtype)
     if vocab_names:
         targets = targets - jax.lax.axis_index(vocab_names) * ids.size
@@ -208,11 +222,14 @@ def _chunk(options, vocab_names, matrix, total, rows):
     scale = 1 + 2 * options.z_weight * normaliser[:, None]
     slopes = scale * jnp.exp(logits_cv - normaliser[:, None]) - is_target
     slopes = weights[:, None].astype(slopes.dtype) * slopes
+    if options.softcap:
+        slopes = slopes * (1 - jnp.square(logits_cv / options.softcap))
+    of_bias = None if bias is None else total[1] + jnp.sum(slopes, axis=0)
     slopes = slopes.astype(hidden.dtype)  # An operand of products again.
     shape = "dv" if options.axes[0] == "embed" else "vd"
     to_hidden = jnp.einsum(f"cv,{shape}->cd", slopes, matrix)
     to_hidden = collectives.total(to_hidden, vocab_names)
-    total = total + jnp.einsum(
-        f"cd,cv->{shape}", hidden, slopes, preferred_element_type=total.dtype
+    of_matrix = total[0] + jnp.einsum(
+        f"cd,cv->{shape}", hidden, slopes, preferred_element_type=total[0].dtype
     )
-    return total, (nll, normaliser, to_hidden)
+    return (of_matrix, of_bias), (nll, normaliser, to_hidden)

@@ -17,6 +17,7 @@ HIDDEN = "hidden"
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
@@ -31,23 +32,40 @@ class Dense(config.FeedForwardConfig):
       activation: one of `ACTIVATIONS`.
       gated: `act(x W_gate) * (x W_up)` in place of `act(x W_up)`.
       bias: add a vector after each matrix; it begins at zero.
+      clamp: of what is gated; see `hidden_units`. 0: none.
+      up_offset: see `hidden_units`.
     """
 
     d_ff: int = 1024
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    clamp: float = 0.0
+    up_offset: float = 0.0
 
     def problems(self, path, root):
-        if self.d_ff < 1:
-            yield f"{path}.d_ff={self.d_ff}: must be at least 1"
-        yield from activation_problems(self.activation, path)
-        yield from tensor_problems(self.d_ff, f"{path}.d_ff", root)
+        yield from unit_problems(self, path, root)
 
 
 def activation_problems(name: str, path: str):
     if name not in ACTIVATIONS:
         yield f"{path}.activation={name!r}: must be one of {sorted(ACTIVATIONS)}"
+
+
+def unit_problems(options: config.Node, path: str, root: config.Config):
+    """The rules of a hidden layer, of `Dense` and of experts."""
+    if options.d_ff < 1:
+        yield f"{path}.d_ff={options.d_ff}: must be at least 1"
+    yield from activation_problems(options.activation, path)
+    if options.clamp < 0:
+        yield f"{path}.clamp={options.clamp}: must not be negative"
+    for name in ("clamp", "up_offset"):
+        if getattr(options, name) and not options.gated:
+            yield (
+                f"{path}.{name}={getattr(options, name)} would be ignored: nothing is "
+                "gated; set gated=True, or leave it 0"
+            )
+    yield from tensor_problems(options.d_ff, f"{path}.d_ff", root)
 
 
 def tensor_problems(width: int, where: str, root: config.Config):
@@ -57,6 +75,26 @@ def tensor_problems(width: int, where: str, root: config.Config):
             f"{where}={width} is not divisible by config.mesh.tensor={tensor}; "
             f"tensor takes one of {config.divisors(width)}"
         )
+
+
+def hidden_units(options: config.Node, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`act(gate) * (up + up_offset)`, with both clamped where the options say so.
+
+    The clamp c is that of GPT-OSS (arXiv:2508.10925): `min(gate, c)`, and `up` within
+    [-c, c].
+
+    Args:
+      options: `Dense`, or experts with the same fields.
+      gate: (..., F), before the activation.
+      up: (..., F).
+    """
+    gate, up = checkpoint_name(gate, HIDDEN), checkpoint_name(up, HIDDEN)
+    if options.clamp:
+        gate = jnp.minimum(gate, options.clamp)
+        up = jnp.clip(up, -options.clamp, options.clamp)
+    if options.up_offset:
+        up = up + options.up_offset
+    return ACTIVATIONS[options.activation](gate) * up
 
 
 class FeedForward(nnx.Module):
@@ -83,8 +121,7 @@ class FeedForward(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.act = ACTIVATIONS[options.activation]
-        self.gated = options.gated
+        self.options = options
         into, out = (d_model, options.d_ff), (options.d_ff, d_model)
         if options.gated:
             self.w_gate = module.matrix(
@@ -112,14 +149,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, D) -> (B, S, D)."""
-        if self.gated:
+        if self.options.gated:
             up, gate = self._linear(x, None, "up", "gate")
-            hidden = self.act(checkpoint_name(gate, HIDDEN)) * checkpoint_name(
-                up, HIDDEN
-            )
+            hidden = hidden_units(self.options, gate, up)
         else:
             (up,) = self._linear(x, None, "up")
-            hidden = self.act(checkpoint_name(up, HIDDEN))
+            hidden = ACTIVATIONS[self.options.activation](checkpoint_name(up, HIDDEN))
         hidden = rules.constrain(hidden, "batch", "sequence", "mlp")
         (y,) = self._linear(hidden, "mlp", "down")
         return y

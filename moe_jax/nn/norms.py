@@ -1,4 +1,4 @@
-"""Root mean square normalisation (Zhang and Sennrich 2019)."""
+"""Normalisations of the last dimension: `NORMS` by their name in a config."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from moe_jax.nn import module
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension.
+    """`x / sqrt(mean(x^2) + eps) * scale` (Zhang and Sennrich 2019).
 
     Args:
       width: size of the last dimension.
@@ -27,3 +27,30 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(mean_square + self.eps)
         return (wide * self.scale[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` (Ba et al. 2016).
+
+    Args:
+      width: size of the last dimension.
+      eps: added to the variance, which divides by the width.
+      dtype: of the scale and the bias.
+      rngs: not drawn from; the scale begins at one, the bias at zero.
+    """
+
+    def __init__(self, width: int, *, eps: float, dtype: str, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = module.param(rngs, (width,), (None,), value=1.0, dtype=dtype)
+        self.bias = module.param(rngs, (width,), (None,), dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(module.accumulation_dtype(x.dtype))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + self.eps)
+        wide = wide * self.scale[...].astype(wide.dtype)
+        return (wide + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config
-from moe_jax.models.base import Model, TokenInputs
+from moe_jax.models import multi_token
+from moe_jax.models.base import Model, Output, TokenInputs
 from moe_jax.moe.routing import Mode, MoEAux, Override
 from moe_jax.nn import cross_entropy
 from moe_jax.tree import struct
@@ -22,13 +23,29 @@ class NextToken(config.ObjectiveConfig):
       logit_z_weight: of the mean squared log-normaliser (PaLM's z-loss); 0: none.
       logit_chunk: tokens of one device whose logits are in memory at once; 0: as many
         as take the bytes of the output matrix's gradient.
+      mtp_weight: of the mean over the model's depths of multi-token prediction
+        (`models.multi_token`; DeepSeek-V3 equation 25); 0 where it has none.
     """
 
     autoregressive = True
     logit_z_weight: float = 0.0
     logit_chunk: int = 0
+    mtp_weight: float = 0.0
 
     def problems(self, path, root):
+        if self.mtp_weight < 0:
+            yield f"{path}.mtp_weight={self.mtp_weight}: must not be negative"
+        depths = getattr(root.model, "mtp", 0)
+        if self.mtp_weight and not depths:
+            yield (
+                f"{path}.mtp_weight={self.mtp_weight} would be ignored: the model "
+                "predicts one token; set config.model.mtp, or leave it 0"
+            )
+        if depths and not self.mtp_weight:
+            yield (
+                f"config.model.mtp={depths} would not be trained: set "
+                f"{path}.mtp_weight, or leave it 0"
+            )
         if self.logit_chunk < 0:
             yield f"{path}.logit_chunk={self.logit_chunk}: must not be negative"
         if self.logit_z_weight < 0:
@@ -83,18 +100,20 @@ def loss(
         positions=batch["positions"],
         segments=batch["segments"],
     )
-    hidden, observations, aux = model.apply(
-        params, router_state, inputs, key=key, mode=mode, override=override
-    )
-    output = model.output(params, hidden)
-    how = cross_entropy.Options(
-        axes=output.axes, z_weight=options.logit_z_weight, chunk=options.logit_chunk
-    )
-    weights = batch["weights"]
-    with jax.named_scope("logits"):
-        total, nll = cross_entropy.summed(
-            how, output.hidden, output.matrix, batch["targets"], weights
-        )
+    given = dict(key=key, mode=mode, override=override)
+    hidden, observations, aux = model.apply(params, router_state, inputs, **given)
+    output, weights = model.output(params, hidden), batch["weights"]
+    total, nll = _summed(options, output, batch["targets"], weights)
+    if options.mtp_weight and mode.train:
+        found = model.ahead(params, router_state, inputs, output.hidden, **given)
+        share = options.mtp_weight / model.depths_ahead
+        for k, normed in enumerate(found[0], start=1):
+            further = multi_token.targets(batch["targets"], weights, inputs, k)
+            output = output._replace(hidden=normed)
+            total = total + share * _summed(options, output, *further)[0]
+        observations = observations | found[1]
+        if aux is not None:
+            aux = multi_token.joined(aux, found[2])
     return Loss(
         sum=total,
         nll=nll,
@@ -102,3 +121,16 @@ def loss(
         observations=observations,
         aux=aux,
     )
+
+
+def _summed(options: NextToken, output: Output, targets, weights):
+    how = cross_entropy.Options(
+        axes=output.axes,
+        z_weight=options.logit_z_weight,
+        softcap=output.softcap,
+        chunk=options.logit_chunk,
+    )
+    with jax.named_scope("logits"):
+        return cross_entropy.summed(
+            how, output.hidden, output.matrix, targets, weights, output.bias
+        )

@@ -12,13 +12,14 @@ def sigmoid(x):
 ACTIVATIONS = {
     "silu": lambda x: x * sigmoid(x),
     "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
 
-def expert(weights, e, x, activation="silu"):
-    """Expert e on one row."""
+def expert(weights, e, x, activation="silu", clamp=np.inf, up_offset=0.0):
+    """Expert e on one row; clamp and offset are of gated ones."""
     act = ACTIVATIONS[activation]
 
     def linear(x, name):
@@ -27,7 +28,8 @@ def expert(weights, e, x, activation="silu"):
 
     hidden = linear(x, "up")
     if "w_gate" in weights:
-        hidden = act(linear(x, "gate")) * hidden
+        hidden = np.minimum(np.maximum(hidden, -clamp), clamp) + up_offset
+        hidden = act(np.minimum(linear(x, "gate"), clamp)) * hidden
     else:
         hidden = act(hidden)
     return linear(hidden, "down")

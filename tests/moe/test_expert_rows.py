@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward, FeedForwardExperts
+from moe_jax.moe.layer import MoE
 from moe_jax.nn import feedforward
 
 D, F, E, C = 6, 10, 3, 4
@@ -84,6 +85,32 @@ def test_a_dense_feed_forward_may_have_biases(float64):
         np.testing.assert_allclose(layer(x)[0, s], want, rtol=1e-10, atol=1e-12)
 
 
+def test_clamped_units_with_an_offset(float64):
+    """Those of GPT-OSS, in experts and in a dense feed-forward of their kind."""
+    unit = dict(d_ff=F, activation="quick_gelu", clamp=0.6, up_offset=1.0)
+    sizes = dict(std=0.5, out_std=0.5, dtype="float64", rngs=nnx.Rngs(1))
+    experts = FeedForwardExperts(D, E, ExpertFeedForward(**unit), **sizes)
+    options = MoE(experts=ExpertFeedForward(**unit)).dense(F)
+    assert options == feedforward.Dense(**unit)
+    dense = feedforward.FeedForward(D, options, **sizes)
+    x = np.random.default_rng(0).normal(size=(E, C, D)) * 3
+    weights = jax.tree.map(np.asarray, experts.weights())
+    of_dense = {
+        name: np.asarray(getattr(dense, name)[...])[None]
+        for name in ("w_gate", "w_up", "w_down")
+    }
+    found, together = experts.rows(weights, {"features": x}), dense(x)
+    gates, ups = (x[0] @ weights[name][0] for name in ("w_gate", "w_up"))
+    for values in (gates, ups):
+        assert np.any(values > 0.6) and np.any(values < -0.6) and np.ptp(values) > 0
+    given = ("quick_gelu", 0.6, 1.0)
+    for e, c in np.ndindex(E, C):
+        want = oracles.expert(weights, e, x[e, c], *given)
+        np.testing.assert_allclose(found[e, c], want, rtol=1e-10, atol=1e-12)
+        want = oracles.expert(of_dense, 0, x[e, c], *given)
+        np.testing.assert_allclose(together[e, c], want, rtol=1e-10, atol=1e-12)
+
+
 def test_logical_axes():
     experts = FeedForwardExperts(
         D, E, ExpertFeedForward(d_ff=F, bias=True), std=1, out_std=1, dtype="float32",
@@ -140,4 +167,11 @@ def test_problems():
     assert problems(d_ff=8) == []
     assert "must be at least 1" in problems(d_ff=0)[0]
     assert "not divisible by config.mesh.tensor=4" in problems(d_ff=6)[0]
-    assert "['gelu', 'relu', 'relu2', 'silu']" in problems(activation="tanh", d_ff=8)[0]
+    assert "clamp=-1: must not be negative" in problems(d_ff=8, clamp=-1)[0]
+    for name in ("clamp", "up_offset"):
+        found = problems(d_ff=8, gated=False, **{name: 1.0})[0]
+        assert f"{name}=1.0 would be ignored" in found
+    assert (
+        "['gelu', 'quick_gelu', 'relu', 'relu2', 'silu']"
+        in problems(activation="tanh", d_ff=8)[0]
+    )

@@ -19,6 +19,7 @@ T, D, E = 9, 6, 5
 WIDE = dict(init_std=0.5, dtype="float64")
 CASES = [
     Linear(**WIDE),
+    Linear(bias=True, **WIDE),
     Cosine(proj_dim=4, temperature=0.25, **WIDE),
     Cosine(proj_dim=0, temperature=1.0, **WIDE),
     MLP(hidden=7, **WIDE),
@@ -44,7 +45,7 @@ def mlp(options, weights, x):
 
 
 EXPECTED = {
-    Linear: lambda options, weights, x: x @ weights["w"],
+    Linear: lambda options, weights, x: x @ weights["w"] + weights.get("b", 0),
     Cosine: cosine,
     MLP: mlp,
     NoScores: lambda options, weights, x: np.zeros((T, E)),
@@ -69,6 +70,9 @@ def test_logits_match_numpy(float64, options):
     template, x = made(options), np.random.default_rng(0).normal(size=(T, D))
     weights = template.init(jax.random.key(1))
     assert set(template.axes) == set(weights)
+    if "b" in weights:
+        assert not np.any(weights["b"])
+        weights["b"] = jnp.arange(1.0, E + 1)
     logits, carry = score(template, weights, jnp.asarray(x))
     want = EXPECTED[type(options)](options, jax.tree.map(np.asarray, weights), x)
     np.testing.assert_allclose(logits, want, rtol=1e-10, atol=1e-13)

@@ -1,5 +1,7 @@
 """The loss in chunks is the loss of the whole logits, and so are its derivatives."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +20,13 @@ MESHES = [
     dict(fsdp=8),
 ]
 NAMES = ("hidden", "matrix", "targets", "weights")
+SOFTCAP = 2.0
 
 
-def plain(z_weight, hidden, matrix, targets, weights):
+def plain(z_weight, hidden, matrix, targets, weights, bias=0.0, capped=False):
     """By the definition: all logits at once, (D, V)."""
-    logits = hidden @ matrix
+    logits = hidden @ matrix + bias
+    logits = SOFTCAP * jnp.tanh(logits / SOFTCAP) if capped else logits
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = jnp.sum((normaliser - chosen) * weights)
@@ -50,6 +54,33 @@ def with_gradients(run, given, factors):
     floats = [given[name] for name in NAMES if name != "targets"]
     grads, sums = jax.grad(scalar, argnums=(0, 1, 2), has_aux=True)(*floats)
     return *sums, *grads
+
+
+@pytest.mark.parametrize("sizes", MESHES[:2], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+def test_bias_and_softcap(float64, axes_mesh, inputs, sizes, capped):
+    bias = np.random.default_rng(1).normal(size=V)
+    targets, weights = inputs["targets"], inputs["weights"]
+    options = Options(chunk=8, z_weight=0.25, softcap=SOFTCAP if capped else 0.0)
+
+    def scalar(run):
+        def of(hidden, matrix, bias):
+            total, nll = run(hidden, matrix, bias)
+            return 1.5 * total - 0.7 * nll, (total, nll)
+
+        return jax.value_and_grad(of, argnums=(0, 1, 2), has_aux=True)
+
+    given = (inputs["hidden"], inputs["matrix"], bias)
+    want = scalar(lambda h, m, b: plain(0.25, h, m, targets, weights, b, capped))
+    run = scalar(lambda h, m, b: summed(options, h, m, targets, weights, b))
+    mesh = jax.set_mesh(axes_mesh(**sizes)) if sizes else contextlib.nullcontext()
+    with mesh:
+        found = jax.jit(run)(*given)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+        found,
+        want(*given),
+    )
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -35,6 +35,17 @@ def test_rms_norm_computes_in_float32_and_keeps_the_type():
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8)
 
 
+def test_layer_norm_by_hand(float64):
+    norm = norms.LayerNorm(2, eps=0.75, dtype="float64", rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(norm(jnp.ones(2)), np.zeros(2))
+    norm.scale[...] = jnp.array([2.0, -1.0])
+    norm.bias[...] = jnp.array([0.5, 0.0])
+    # The mean of (3, 4) is 3.5 and its variance 0.25; with eps 1.
+    np.testing.assert_allclose(norm(jnp.array([3.0, 4.0])), [-0.5, -0.5], rtol=1e-12)
+    wide = norms.LayerNorm(4, eps=1e-5, dtype="float32", rngs=nnx.Rngs(0))
+    assert wide(jnp.ones(4, "bfloat16")).dtype == jnp.bfloat16
+
+
 def rotated(x, position, theta):
     """Pairs (i, i + half) as complex numbers, turned by position * theta^(-i/half)."""
     half = len(x) // 2
@@ -129,12 +140,13 @@ def test_a_query_that_sees_nothing_gives_a_finite_mean():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "quick_gelu", "relu", "relu2"])
 def test_feed_forward(float64, gated, activation):
     act = {
         "silu": lambda x: x * sigmoid(x),
         # tanh(u) = 2 sigmoid(2 u) - 1.
         "gelu": lambda x: x * sigmoid(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)),
+        "quick_gelu": lambda x: x * sigmoid(1.702 * x),
         "relu": lambda x: x * (x > 0),
         "relu2": lambda x: x * x * (x > 0),
     }[activation]

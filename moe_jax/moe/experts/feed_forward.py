@@ -22,18 +22,19 @@ class ExpertFeedForward(config.ExpertsConfig):
       activation: one of `nn.feedforward.ACTIVATIONS`.
       gated: `act(x W_gate) * (x W_up)` in place of `act(x W_up)`.
       bias: add a vector after each matrix; it begins at zero.
+      clamp: of what is gated; see `nn.feedforward.hidden_units`. 0: none.
+      up_offset: see there.
     """
 
     d_ff: int = 512
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    clamp: float = 0.0
+    up_offset: float = 0.0
 
     def problems(self, path, root):
-        if self.d_ff < 1:
-            yield f"{path}.d_ff={self.d_ff}: must be at least 1"
-        yield from feedforward.activation_problems(self.activation, path)
-        yield from feedforward.tensor_problems(self.d_ff, f"{path}.d_ff", root)
+        yield from feedforward.unit_problems(self, path, root)
 
 
 def _of_groups(b_ey: Array, group_sizes: Array, count: int) -> Array:
@@ -88,7 +89,7 @@ class FeedForwardExperts(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.act = feedforward.ACTIVATIONS[options.activation]
+        self.options = options
         into = (num_experts, d_model, options.d_ff)
         out = (num_experts, options.d_ff, d_model)
         axes = ("expert", "expert_embed", "expert_mlp")
@@ -142,10 +143,11 @@ class FeedForwardExperts(nnx.Module):
         """
         into = lambda name: _linear(rows["features"], weights, name, group_sizes)
         if "w_gate" in weights:
-            gate = checkpoint_name(into("gate"), HIDDEN)
-            hidden = self.act(gate) * checkpoint_name(into("up"), HIDDEN)
+            gate, up = into("gate"), into("up")
+            hidden = feedforward.hidden_units(self.options, gate, up)
         else:
-            hidden = self.act(checkpoint_name(into("up"), HIDDEN))
+            act = feedforward.ACTIVATIONS[self.options.activation]
+            hidden = act(checkpoint_name(into("up"), HIDDEN))
         if scale is not None:
             hidden = hidden * scale[:, None].astype(hidden.dtype)
         return _linear(hidden, weights, "down", group_sizes, scale)

@@ -1,4 +1,4 @@
-"""The linear router of Shazeer et al. 2017: `logits = x W`."""
+"""The linear router of Shazeer et al. 2017: `logits = x W`, or `x W + b`."""
 
 import jax
 from flax import nnx
@@ -11,16 +11,18 @@ from moe_jax.parallel import rules
 
 @config.node
 class Linear(config.ScorerConfig):
-    """One matrix without bias.
+    """One matrix.
 
     Attributes:
       init_std: deviation of the initial weights.
       dtype: of the weights and the product; float32 because the choice of experts
         flips on differences that bfloat16 does not hold.
+      bias: add a learned vector, which begins at zero (GPT-OSS).
     """
 
     init_std: float = 0.02
     dtype: str = "float32"
+    bias: bool = False
 
     def problems(self, path, root):
         yield from config.dtype_problems(self, path, "dtype")
@@ -29,7 +31,7 @@ class Linear(config.ScorerConfig):
 
 
 class LinearScorer(nnx.Module):
-    """`logits_te = x_td W_de`."""
+    """`logits_te = x_td W_de + b_e`."""
 
     def __init__(self, d_model: int, num_experts: int, options: Linear, rngs: nnx.Rngs):
         self.dtype = options.dtype
@@ -40,6 +42,8 @@ class LinearScorer(nnx.Module):
             std=options.init_std,
             dtype=options.dtype,
         )
+        if options.bias:
+            self.b = module.param(rngs, (num_experts,), (None,), dtype=options.dtype)
 
     @staticmethod
     def init_carry(options: Linear, num_tokens: int) -> None:
@@ -50,4 +54,7 @@ class LinearScorer(nnx.Module):
         self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
     ) -> tuple[Array, None]:
         """Returns logits (T, E)."""
-        return tokens.features.astype(self.dtype) @ rules.whole(self.w[...]), carry
+        logits_te = tokens.features.astype(self.dtype) @ rules.whole(self.w[...])
+        if hasattr(self, "b"):
+            logits_te = logits_te + self.b[...]
+        return logits_te, carry

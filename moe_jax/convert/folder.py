@@ -124,3 +124,8 @@ def copy_beside(source: str, target: str) -> list[str]:
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
     return names
+
+
+def copy_config(source: str, target: str) -> None:
+    """Keeps the config.json, whose other fields an export needs."""
+    shutil.copyfile(os.path.join(source, CONFIG), os.path.join(target, CONFIG))

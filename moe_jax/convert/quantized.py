@@ -44,9 +44,7 @@ class Tensor:
     quantized: str = ""
 
 
-def from_fp8(
-    weight: np.ndarray, scale: np.ndarray, block: Sequence[int]
-) -> np.ndarray:
+def from_fp8(weight: np.ndarray, scale: np.ndarray, block: Sequence[int]) -> np.ndarray:
     """Multiplies blocks by their scales.
 
     Args:

@@ -155,9 +155,7 @@ class Planned:
         return math.prod(self.shape) * TYPES[self.type_name].itemsize
 
 
-def write(
-    path: str, tensors: Iterable[Planned], values: Iterator[np.ndarray]
-) -> None:
+def write(path: str, tensors: Iterable[Planned], values: Iterator[np.ndarray]) -> None:
     """Writes a file, one tensor after the other.
 
     Args:

@@ -239,7 +239,9 @@ def sparse_pattern(fields: Fields) -> dict[str, int]:
     layers = fields.integer("num_hidden_layers")
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.items("mlp_only_layers", [])
-    is_moe = [step > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)]
+    is_moe = [
+        step > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)
+    ]
     for every in range(1, layers + 1):
         for first in range(layers):
             rest = range(layers - first)
@@ -287,4 +289,6 @@ def sequence_balance(fields: Fields, weight: float, **bias: float) -> Balance:
     """The loss of `aux_loss_alpha`, over each row where `seq_aux` (DeepSeek)."""
     weight = fields.number("aux_loss_alpha", weight)
     name = "sequence_weight" if fields.flag("seq_aux", True) else "load_balance_weight"
-    return Balance(**{"load_balance_weight": 0.0, "z_weight": 0.0, **bias, name: weight})
+    return Balance(
+        **{"load_balance_weight": 0.0, "z_weight": 0.0, **bias, name: weight}
+    )

@@ -23,6 +23,7 @@ BLOCK = (
 def latent(fields: Fields) -> LatentAttention:
     """The attention of versions 2 and 3."""
     fields.only("attention_bias", False)
+    fields.only("rms_norm_eps", 1e-6)  # That of the latents' norms, whatever it says.
     return LatentAttention(
         query_rank=fields.integer("q_lora_rank", 0),
         kv_rank=fields.integer("kv_lora_rank"),
@@ -84,7 +85,10 @@ def _selector(fields: Fields):
         scale=fields.number("routed_scaling_factor", 1.0),
     )
     if method == "greedy":
-        fields.get("n_group", None), fields.get("topk_group", None)  # They do not count.
+        (
+            fields.get("n_group", None),
+            fields.get("topk_group", None),
+        )  # They do not count.
         return TopK(**chosen)
     return GroupLimited(
         **chosen,

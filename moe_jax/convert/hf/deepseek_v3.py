@@ -33,6 +33,7 @@ def _selector(fields: Fields):
 
 def _decoder(fields: Fields) -> Decoder:
     interleaved = fields.flag("rope_interleave", True)
+    fields.integer("num_nextn_predict_layers", 0)  # They are taken where asked for.
     return Decoder(
         **common.shapes(fields),
         latent=deepseek_v2.latent(fields),
@@ -52,6 +53,7 @@ def _fields(options: Decoder) -> dict:
         **common.shape_fields(options),
         **deepseek_v2.shared_fields(options),
         **common.rotary_fields(options.rope),
+        "num_nextn_predict_layers": options.mtp,
         "rope_interleave": options.rope.interleaved,
         "norm_topk_prob": selector.renormalize,
         "scoring_func": "sigmoid",
@@ -68,5 +70,11 @@ FAMILY = Family(
     decoder=_decoder,
     fields=_fields,
     block=(*deepseek_v2.BLOCK, Weight(_BIAS, "bias", "e->e", state=True)),
+    ahead=(
+        Weight("enorm.weight", "embedding_norm/scale", "d->d"),
+        Weight("hnorm.weight", "hidden_norm/scale", "d->d"),
+        Weight("eh_proj.weight", "project", "de->ed"),
+        Weight("shared_head.norm.weight", "norm/scale", "d->d"),
+    ),
     float32=(_BIAS,),
 )

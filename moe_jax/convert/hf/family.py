@@ -22,6 +22,7 @@ class Family:
         by going the way back, so it need not look.
       block: rows of a block.
       outer: rows of what stands outside the blocks.
+      ahead: rows of a module that predicts further tokens, besides those of its block.
       float32: names of tensors that are never rounded.
     """
 
@@ -31,4 +32,5 @@ class Family:
     fields: Callable[[Decoder], dict[str, Any]]
     block: tuple[Weight, ...]
     outer: tuple[Weight, ...] = table.OUTER
+    ahead: tuple[Weight, ...] = ()
     float32: tuple[str, ...] = ()

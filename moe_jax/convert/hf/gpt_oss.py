@@ -35,9 +35,7 @@ def _decoder(fields: Fields) -> Decoder:
                 up_offset=1.0,
             ),
             scorer=Linear(bias=True),
-            selector=TopK(
-                top_k=fields.integer("num_experts_per_tok"), softmax="after"
-            ),
+            selector=TopK(top_k=fields.integer("num_experts_per_tok"), softmax="after"),
             balance=common.pooled_balance(fields, 0.9),
         ),
         rope=common.rotary(fields, 150000.0),

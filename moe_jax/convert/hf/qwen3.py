@@ -12,7 +12,9 @@ def _decoder(fields: Fields) -> Decoder:
     layers = fields.integer("num_hidden_layers")
     slides = fields.flag("use_sliding_window", False)
     above = fields.integer("max_window_layers", 28)
-    names = ["sliding_attention" if i >= above else "full_attention" for i in range(layers)]
+    names = [
+        "sliding_attention" if i >= above else "full_attention" for i in range(layers)
+    ]
     window = fields.integer("sliding_window", 0) if slides else 0
     return Decoder(
         **common.shapes(fields),

@@ -39,19 +39,22 @@ def arrays(
     Raises:
       UserError: a value is not finite; in which tensor.
     """
-    found = {}
+    found: dict[str, jax.Array] = {}
     reader = _Reader(tensors)
-    key = lambda place: (place.layer, place.leaf, place.repeat)
-    for (_, name, repeat), group in itertools.groupby(wanted, key):
-        leaf = leaves[name]
+    of_layer = lambda place: (place.layer, place.repeat)
+    for (_, repeat), group in itertools.groupby(wanted, of_layer):
+        made = {}
+        for name, parts in itertools.groupby(group, lambda place: place.leaf):
+            stacked = repeat is not None
+            shape, where = _part(leaves[name], stacked)
+            made[name] = _leaf(list(parts), reader, leaves[name].dtype, shape, where)
         if repeat is None:
-            found[name] = _leaf(list(group), reader, leaf, leaf.shape, leaf.sharding)
+            found |= made
             continue
-        where = _of_layer(leaf.sharding)
-        layer = _leaf(list(group), reader, leaf, leaf.shape[1:], where)
-        if name not in found:
-            found[name] = _zeros(leaf)
-        found[name] = _put(found[name], layer, repeat)
+        new = {name: leaves[name] for name in made.keys() - found.keys()}
+        found |= _zeros(new)
+        stacks = {name: found[name] for name in made}
+        found |= _put(stacks, made, repeat)
     return trees.nested(found)
 
 
@@ -72,36 +75,45 @@ class _Reader:
         return self._last[1]
 
 
-def _of_layer(sharding: NamedSharding) -> NamedSharding:
-    """That of a leaf without its leading axis, which no mesh axis splits."""
-    spec = tuple(sharding.spec)
+def _part(leaf: Any, stacked: bool) -> tuple[tuple[int, ...], NamedSharding]:
+    """Shape and sharding of a leaf, or of one layer of it."""
+    if not stacked:
+        return leaf.shape, leaf.sharding
+    spec = tuple(leaf.sharding.spec)
     if spec and spec[0] is not None:
-        raise ValueError(f"{sharding}: the axis of layers is split")
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+        raise ValueError(f"{leaf}: the axis of layers is split")
+    where = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec[1:]))
+    return leaf.shape[1:], where
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    make = lambda: jnp.zeros(leaf.shape, leaf.dtype)
-    return jax.jit(make, out_shardings=leaf.sharding)()
+def _zeros(leaves: dict[str, Any]) -> dict[str, jax.Array]:
+    if not leaves:
+        return {}
+    make = lambda: {n: jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in leaves.items()}
+    where = {name: leaf.sharding for name, leaf in leaves.items()}
+    return jax.jit(make, out_shardings=where)()
 
 
-def _put(stack: jax.Array, layer: jax.Array, repeat: int) -> jax.Array:
-    return _putting(stack.sharding)(stack, layer, repeat)
+def _put(stacks, layers, repeat: int) -> dict[str, jax.Array]:
+    """The stacks, which are used up, with these layers at place `repeat`."""
+    where = tuple((name, stack.sharding) for name, stack in stacks.items())
+    return _putting(where)(stacks, layers, repeat)
 
 
-@functools.lru_cache(maxsize=64)
-def _putting(sharding):
-    put = lambda stack, layer, repeat: jax.lax.dynamic_update_index_in_dim(
-        stack, layer, repeat, 0
-    )
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+@functools.lru_cache(maxsize=16)
+def _putting(shardings: tuple[tuple[str, NamedSharding], ...]):
+    def put(stacks, layers, repeat):
+        update = jax.lax.dynamic_update_index_in_dim
+        return {n: update(s, layers[n], repeat, 0) for n, s in stacks.items()}
+
+    return jax.jit(put, donate_argnums=0, out_shardings=dict(shardings))
 
 
-def _leaf(group, reader, leaf, shape, sharding) -> jax.Array:
+def _leaf(group, reader, dtype, shape, sharding) -> jax.Array:
     """One leaf, of one layer where it is stacked, from the tensors that make it up."""
     places = sharding.addressable_devices_indices_map(shape).values()
     buffers = {
-        bounds: np.empty([last - first for first, last in bounds], leaf.dtype)
+        bounds: np.empty([last - first for first, last in bounds], dtype)
         for bounds in {_bounds(index, shape) for index in places}
     }
     for place in group:

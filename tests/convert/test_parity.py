@@ -1,0 +1,250 @@
+"""Imported models compute what Hugging Face transformers computes, all in float32.
+
+A family is an entry of `hub_models.CONFIGS`.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+import transformers
+
+import hub_models
+from conftest import EXPERT_4
+from moe_jax.convert import from_hf, load, mapping, tensor_file
+from moe_jax.infer import generate
+from moe_jax.infer import load as run_loader
+from moe_jax.models.base import TokenInputs
+from moe_jax.models.decoder import DecoderModel
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.routing import EVAL
+from moe_jax.objectives import next_token
+from moe_jax.train import workdir
+
+LENGTH, FULL, NEW = 64, (64, 41), 32
+WITH_LOSS = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe"}
+
+
+@dataclasses.dataclass
+class Pair:
+    """A model there and here."""
+
+    name: str
+    theirs: Any
+    folder: str
+    workdir: str
+    model: DecoderModel
+    params: Any
+    router_state: Any
+    config: Any
+
+
+@pytest.fixture(scope="module", params=list(hub_models.CONFIGS))
+def pair(request, tmp_path_factory, bring_in):
+    name = request.param
+    root = tmp_path_factory.mktemp(name)
+    theirs = hub_models.make(name)
+    theirs.save_pretrained(root / "hub")
+    run = root / "run"
+    bring_in(root / "hub", run, mesh=EXPERT_4)
+    config = workdir.read_config(str(run))
+    config.model.remat = "none"
+    found = run_loader.load(str(run), config)
+    params, router_state = jax.device_get(
+        (found.state.eval_params, found.state.router_state)
+    )
+    return Pair(
+        name=name,
+        theirs=theirs,
+        folder=str(root / "hub"),
+        workdir=str(run),
+        model=DecoderModel(config.model),
+        params=params,
+        router_state=router_state,
+        config=config,
+    )
+
+
+def texts():
+    """Tokens (2, 64), and which of them count."""
+    tokens = np.random.default_rng(1).integers(0, 96, (len(FULL), LENGTH))
+    return tokens, np.arange(LENGTH) < np.array(FULL)[:, None]
+
+
+def inputs():
+    tokens, held = texts()
+    places = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+    as_ints = lambda a: jnp.asarray(a, jnp.int32)
+    return TokenInputs(
+        tokens=as_ints(tokens), positions=as_ints(places), segments=as_ints(held)
+    )
+
+
+def their_outputs(model, **options):
+    tokens, held = texts()
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(held, dtype=torch.long),
+            **options,
+        )
+
+
+def our_logits(pair, params):
+    def run(params):
+        hidden, _, aux = pair.model.apply(
+            params, pair.router_state, inputs(), key=None, mode=EVAL
+        )
+        return pair.model.logits(params, hidden), aux
+
+    return jax.jit(run)(params)
+
+
+def distance(ours, theirs):
+    """Relative, in norm."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_logits_and_balance_loss(pair, record_property):
+    options = {"output_router_logits": True} if pair.name in WITH_LOSS else {}
+    theirs = their_outputs(pair.theirs, **options)
+    logits, aux = our_logits(pair, pair.params)
+    held = texts()[1]
+    found = distance(np.asarray(logits)[held], theirs.logits.numpy()[held])
+    record_property("logits", found)
+    assert found < 1e-5
+    if pair.name in WITH_LOSS:
+        weight = pair.config.model.feed_forward.balance.pooled_weight
+        ours = float(aux.losses["pooled_balance_loss"]) / weight
+        record_property("aux", abs(ours - float(theirs.aux_loss)))
+        assert ours == pytest.approx(float(theirs.aux_loss), rel=1e-6)
+
+
+def test_experts_matter(pair):
+    if not isinstance(pair.config.model.feed_forward, MoE):
+        pytest.skip("dense")
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * ("experts" not in jax.tree_util.keystr(path)),
+        pair.params,
+    )
+    logits, _ = our_logits(pair, pair.params)
+    assert distance(our_logits(pair, without)[0], logits) > 0.1
+
+
+def test_greedy_text_is_the_same(pair):
+    prompt = texts()[0][:, :16]
+    theirs = pair.theirs.generate(
+        input_ids=torch.tensor(prompt),
+        attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    ours = generate.generate(
+        pair.model,
+        pair.params,
+        pair.router_state,
+        prompt.tolist(),
+        max_new_tokens=NEW,
+        sampling=generate.Sampling(temperature=0),
+    )
+    assert theirs.shape == (2, 16 + NEW)
+    assert theirs.tolist() == ours
+
+
+def their_gradients(pair, folder):
+    """Of the mean loss, as files of the hub, read like weights."""
+    tokens, held = texts()
+    model = copy.deepcopy(pair.theirs)
+    labels = torch.tensor(np.where(held, tokens, -100))
+    model(
+        input_ids=torch.tensor(tokens),
+        attention_mask=torch.tensor(held, dtype=torch.long),
+        labels=labels,
+    ).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.zeros_like(parameter)
+                if parameter.grad is None
+                else parameter.grad
+            )
+    model.save_pretrained(folder)
+    source = from_hf.read(str(folder))
+    where = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(jax.devices()[:1], "x"), jax.sharding.PartitionSpec()
+    )
+    leaves = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+        mapping.leaves_of(pair.params, pair.router_state),
+    )
+    wanted = mapping.places(source.family, pair.model, leaves)
+    return load.arrays(wanted, source.tensors, leaves)["params"]
+
+
+def test_gradients(pair, tmp_path, record_property):
+    tokens, held = texts()
+    given = inputs()
+    batch = {
+        "tokens": given.tokens,
+        "targets": jnp.asarray(np.roll(tokens, -1, axis=1), jnp.int32),
+        "positions": given.positions,
+        "segments": given.segments,
+        "weights": jnp.asarray(held & np.roll(held, -1, axis=1), jnp.float32)
+        .at[:, -1]
+        .set(0),
+    }
+
+    def mean_loss(params):
+        found = next_token.loss(
+            next_token.NextToken(), pair.model, params, pair.router_state, batch,
+            key=None, mode=EVAL,
+        )  # fmt: skip
+        return found.sum / found.weight
+
+    ours = jax.jit(jax.grad(mean_loss))(pair.params)
+    theirs = their_gradients(pair, tmp_path)
+    worst = {}
+    flat = jax.tree_util.tree_flatten_with_path(theirs)[0]
+    for (path, expected), found in zip(flat, jax.tree.leaves(ours), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert np.linalg.norm(expected) > 0, name
+        worst[name] = distance(found, expected)
+    record_property("gradients", max(worst.values()))
+    assert {name: d for name, d in worst.items() if d > 1e-4} == {}
+
+
+def test_round_trip_has_the_same_bytes(pair, tmp_path, bring_out):
+    bring_out(pair.workdir, tmp_path / "out")
+    before = tensor_file.read_header(f"{pair.folder}/model.safetensors")
+    after = tensor_file.read_header(str(tmp_path / "out" / "model.safetensors"))
+    assert before.keys() == after.keys()
+    for name, entry in before.items():
+        assert entry.type_name == after[name].type_name
+        assert entry.array().tobytes() == after[name].array().tobytes(), name
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(back) is type(pair.theirs)
+    same = lambda model: their_outputs(model).logits.numpy()
+    np.testing.assert_array_equal(same(back.eval()), same(pair.theirs))
+
+
+def test_another_mesh_holds_the_same(pair, tmp_path, bring_in):
+    bring_in(pair.folder, tmp_path / "run")
+    config = workdir.read_config(str(tmp_path / "run"))
+    found = run_loader.load(str(tmp_path / "run"), config).state
+    there = (found.eval_params, found.router_state)
+    here = (pair.params, pair.router_state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), here)

@@ -45,7 +45,7 @@ def get_config() -> Config:
                 scorer=Linear(init_std=0.1),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.001),
             ),
-            qk_norm=True,
+            qk_norm="head",
             init_std=0.06,
             dtype="float32",
             remat="none",

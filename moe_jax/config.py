@@ -46,6 +46,12 @@ class AttentionConfig(Node):
     __slots__ = ()
 
 
+class RopeScalingConfig(Node):
+    """Base of the scalings of rotary positions (`nn/rope.py`)."""
+
+    __slots__ = ()
+
+
 class FeedForwardConfig(Node):
     """Base of a block's feed-forward: dense or MoE."""
 

@@ -44,14 +44,14 @@ def test_every_config_file_is_valid_and_describes_a_model(path):
 
 def test_a_config_survives_json():
     made = quickstart()
-    made.model.rope_theta = 0.1 + 0.2
+    made.model.rope.theta = 0.1 + 0.2
     made.model.feed_forward.selector = TopK(top_k=3, softmax="after", scale=2.5)
     made.mesh.fsdp = 2
     text = config_json.to_json(made)
     found = config_json.from_json(text)
     assert found == made and found is not made
     assert type(found.model.feed_forward.selector) is TopK
-    assert found.model.rope_theta == 0.1 + 0.2
+    assert found.model.rope.theta == 0.1 + 0.2
     assert config_json.to_json(found) == text
     saved = json.loads(text)
     assert saved["class"] == "moe_jax.config.Config"

@@ -36,7 +36,7 @@ def get_config() -> Config:
                 dispatch=Auto(),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.0),
             ),
-            qk_norm=True,
+            qk_norm="head",
             norm_eps=1e-5,
             tie_embeddings=False,
             dtype="float32",

@@ -15,6 +15,7 @@ from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.nn.rope import Rope
 from moe_jax.objectives.next_token import NextToken
 from moe_jax.train.optimizers import AdamW
 from moe_jax.train.schedules import Cosine
@@ -36,7 +37,7 @@ def get_config() -> Config:
                 selector=TopK(top_k=2),
                 dispatch=Auto(),
             ),
-            rope_theta=1e6,
+            rope=Rope(theta=1e6),
             norm_eps=1e-5,
             tie_embeddings=False,
             dtype="bfloat16",

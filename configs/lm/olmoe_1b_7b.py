@@ -1,11 +1,11 @@
-"""The shape of OLMoE-1B-7B (Muennighoff et al. 2024, arXiv:2409.02060) on eight GPUs.
+"""OLMoE-1B-7B (Muennighoff et al. 2024, arXiv:2409.02060) on eight GPUs.
 
 moe-jax train --config=configs/lm/olmoe_1b_7b.py --workdir=runs/olmoe (not run)
 
-16 layers, width 2048, 16 heads of 128 with QK-norm, 64 experts of width 1024 of which 8
-serve a token, vocabulary 50304; rows of 4096 tokens, 4 a device and micro-batch. The
-published model norms all heads of a query together, here each has a norm of its own;
-its batch of 1024 rows is eight of these.
+16 layers, width 2048, 16 heads of 128, queries and keys normed before they are split
+into heads, 64 experts of width 1024 of which 8 serve a token, vocabulary 50304; rows of
+4096 tokens, 4 a device and micro-batch. The published batch of 1024 rows is eight of
+these.
 Set `data` to text and a tokenizer of your own before training.
 """
 
@@ -38,7 +38,7 @@ def get_config() -> Config:
                 balance=Balance(load_balance_weight=0.01, z_weight=0.001),
                 dispatch=Auto(),
             ),
-            qk_norm=True,
+            qk_norm="projection",
             norm_eps=1e-5,
             tie_embeddings=False,
             dtype="bfloat16",

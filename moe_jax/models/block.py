@@ -6,10 +6,10 @@ import jax
 from flax import nnx
 
 from moe_jax.models.base import Output, TokenInputs
-from moe_jax.models.decoder_config import Decoder
+from moe_jax.models.decoder_attention import attention_of
+from moe_jax.models.decoder_config import Decoder, Kind
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.nn import embedding, feedforward, module, norms
-from moe_jax.nn.attention.layer import Attention
 from moe_jax.parallel import rules
 
 
@@ -24,26 +24,15 @@ def norm_of(options: Decoder, rngs: nnx.Rngs) -> nnx.Module:
 class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
-    def __init__(self, options: Decoder, is_moe: bool, *, rngs: nnx.Rngs):
+    def __init__(self, options: Decoder, kind: Kind, *, rngs: nnx.Rngs):
         out_std = options.init_std / math.sqrt(2 * options.num_layers)
         shared = dict(std=options.init_std, out_std=out_std, dtype=options.param_dtype)
-        self.is_moe = is_moe
+        self.is_moe = kind.moe
         self.attention_norm = norm_of(options, rngs)
-        self.attention = Attention(
-            options.d_model,
-            options.num_heads,
-            options.kv_heads,
-            options.width_per_head,
-            options.attention,
-            qk_norm=options.qk_norm,
-            rope_theta=options.rope_theta,
-            norm_eps=options.norm_eps,
-            rngs=rngs,
-            **shared,
-        )
+        self.attention = attention_of(options, kind.window, rngs=rngs, **shared)
         self.feed_forward_norm = norm_of(options, rngs)
         ff = options.feed_forward
-        if is_moe:
+        if kind.moe:
             self.moe = MoELayer(options.d_model, ff, rngs=rngs, **shared)
         else:
             if isinstance(ff, MoE):

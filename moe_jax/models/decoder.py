@@ -10,6 +10,7 @@ from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.block import Block, Outer
 from moe_jax.models.decoder_config import (
     Decoder,
+    Kind,
     Segment,
     remat_policy,
     segments_of,
@@ -20,7 +21,7 @@ from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.nn import attention, cross_entropy, module
-from moe_jax.nn.attention.layer import KVCache
+from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
@@ -33,16 +34,16 @@ class DecoderModel:
         self.options = options
         self.dtype = options.dtype
         self.segments = segments_of(options)
-        self.num_moe_layers = sum(sum(s.moe) * s.repeats for s in self.segments)
+        self.num_moe_layers = sum(seg.num_moe * seg.repeats for seg in self.segments)
         self._block = {
-            is_moe: module.Template(lambda rngs, m=is_moe: Block(options, m, rngs=rngs))
-            for is_moe in {m for s in self.segments for m in s.moe}
+            kind: module.Template(lambda rngs, k=kind: Block(options, k, rngs=rngs))
+            for kind in {kind for seg in self.segments for kind in seg.blocks}
         }
         self._outer = module.Template(lambda rngs: Outer(options, rngs=rngs))
         self.axes = dict(self._outer.axes)
         self.rounded = dict(self._outer.rounded)
         for name, seg in self._named_segments():
-            blocks = {b: self._block[is_moe] for b, is_moe in _named_blocks(seg)}
+            blocks = {b: self._block[kind] for b, kind in _named_blocks(seg)}
             self.axes[name] = {
                 b: module.stacked_axes(block.axes) for b, block in blocks.items()
             }
@@ -66,9 +67,9 @@ class DecoderModel:
         params = dict(self._outer.init(outer_key))
         for name, seg in self._named_segments():
             params[name] = {}
-            for block, is_moe in _named_blocks(seg):
+            for block, kind in _named_blocks(seg):
                 key, block_key = jax.random.split(key)
-                template = self._block[is_moe]
+                template = self._block[kind]
                 params[name][block] = template.init_stacked(block_key, seg.repeats)
         for name in self._ahead_names():
             key, ahead_key = jax.random.split(key)
@@ -78,8 +79,8 @@ class DecoderModel:
     def _moe_blocks(self):
         """(segment or module, block, how often) of all MoE blocks."""
         for name, seg in self._named_segments():
-            for block, is_moe in _named_blocks(seg):
-                if is_moe:
+            for block, kind in _named_blocks(seg):
+                if kind.moe:
                     yield name, block, seg.repeats
         if isinstance(self.options.feed_forward, MoE):
             yield from ((name, "block", 1) for name in self._ahead_names())
@@ -108,9 +109,12 @@ class DecoderModel:
     def notes(self, rows: int, length: int) -> list[str]:
         """See `Model.notes`."""
         options, ff = self.options, self.options.feed_forward
-        lines = attention.auto.describe(
-            options.attention, length, options.width_per_head, options.dtype
-        )
+        shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
+        lines = [
+            line
+            for call in options.attention_calls(length, shards)
+            for line in attention.auto.describe(options.attention, call)
+        ]
         if isinstance(getattr(ff, "dispatch", None), auto.Auto):
             top_k = ff.selector.experts_per_token(ff.num_experts, length)
             shapes = rows * length, top_k, ff.num_experts
@@ -158,16 +162,15 @@ class DecoderModel:
 
     def init_cache(self, batch: int, length: int) -> dict[str, Any]:
         """An empty KV cache for `batch` texts of at most `length` tokens."""
-        options = self.options
-        shape = (batch, length, options.kv_heads, options.width_per_head)
         cache: dict[str, Any] = {}
         for name, seg in self._named_segments():
-            # An array of its own each: the caller may donate them.
-            zeros = lambda n=seg.repeats: jnp.zeros((n, *shape), options.dtype)
-            cache[name] = {
-                block: KVCache(keys=zeros(), values=zeros())
-                for block, _ in _named_blocks(seg)
-            }
+            cache[name] = {}
+            for block, kind in _named_blocks(seg):
+                layer = self._block[kind].hollow.attention
+                one = layer.init_cache(batch, length, self.options.dtype)
+                # An array of its own each: the caller may donate them.
+                stack = lambda a, n=seg.repeats: jnp.zeros((n, *a.shape), a.dtype)
+                cache[name][block] = jax.tree.map(stack, one)
         return cache
 
     def decode(
@@ -272,7 +275,7 @@ class DecoderModel:
                 override=_slice_override(override, seg),
                 repeat=jnp.arange(seg.repeats),
             )
-            if carry is None and any(seg.moe):
+            if carry is None and seg.num_moe:
                 carry = self._first_carry(x)
             (x, carry), (new_cache[name], aux) = self._scan(
                 seg, layers, x, carry, inputs, start, key, mode
@@ -292,9 +295,9 @@ class DecoderModel:
         def body(state, layer):
             x, carry = state
             caches, auxes = {}, {}
-            for i, (name, is_moe) in enumerate(_named_blocks(seg)):
-                index = seg.first_layer + layer["repeat"] * len(seg.moe) + i
-                block = self._block[is_moe].bind(layer["params"][name])
+            for i, (name, kind) in enumerate(_named_blocks(seg)):
+                index = seg.first_layer + layer["repeat"] * len(seg.blocks) + i
+                block = self._block[kind].bind(layer["params"][name])
                 x, carry, caches[name], aux = block(
                     x,
                     inputs,
@@ -306,7 +309,7 @@ class DecoderModel:
                     mode,
                     layer["override"] and layer["override"].get(name),
                 )
-                if is_moe:
+                if kind.moe:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
@@ -325,7 +328,10 @@ class DecoderModel:
         return total, round(active)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """6 per active matrix weight, and causal attention (halved), both per token."""
+        """6 per active matrix weight, and attention to what is seen, both per token.
+
+        Without a window a query sees half of a row on average.
+        """
         options = self.options
         active = sum(
             leaf.size * self._share(name, sequence_length)
@@ -335,12 +341,10 @@ class DecoderModel:
         )
         # Each depth multiplies with the output matrix again.
         active += options.mtp * options.vocab_size * options.d_model
-        heads = (
-            (options.num_layers + options.mtp)
-            * options.num_heads
-            * options.width_per_head
-        )
-        return 6 * active + 6 * heads * sequence_length
+        windows = options.windows() + options.windows()[-1:] * options.mtp
+        seen = sum(mean_seen(sequence_length, window) for window in windows)
+        widths = options.width_per_head + options.value_width
+        return 6 * active + 6 * options.num_heads * widths * seen
 
     def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return named_leaves(jax.eval_shape(self.init, jax.random.key(0)))
@@ -360,8 +364,8 @@ def _is_vector(name: str) -> bool:
     return last in ("scale", "bias", "output_bias", "b") or last.startswith("b_")
 
 
-def _named_blocks(seg: Segment) -> list[tuple[str, bool]]:
-    return [(f"block_{i}", is_moe) for i, is_moe in enumerate(seg.moe)]
+def _named_blocks(seg: Segment) -> list[tuple[str, Kind]]:
+    return [(f"block_{i}", kind) for i, kind in enumerate(seg.blocks)]
 
 
 def _interleave(auxes: list[MoEAux]) -> MoEAux:
@@ -376,10 +380,10 @@ def _interleave(auxes: list[MoEAux]) -> MoEAux:
 
 def _slice_override(override: Override | None, seg: Segment):
     """The part of an override stacked on MoE layers that a segment's scan takes."""
-    if override is None or not any(seg.moe):
+    if override is None or not seg.num_moe:
         return None
-    per_repeat = sum(seg.moe)
-    names = [name for name, is_moe in _named_blocks(seg) if is_moe]
+    per_repeat = seg.num_moe
+    names = [name for name, kind in _named_blocks(seg) if kind.moe]
 
     def part(i):
         first = seg.first_moe + i

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,10 +13,13 @@ from moe_jax.moe import capabilities
 from moe_jax.moe.dispatch.common import EXCHANGED
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import norms
-from moe_jax.nn.attention import auto
-from moe_jax.nn.attention.common import ATTENDED, PROJECTED
+from moe_jax.nn.attention import auto, cudnn
+from moe_jax.nn.attention.common import ATTENDED, PROJECTED, Call
+from moe_jax.nn.attention.latent import LatentAttention
+from moe_jax.nn.attention.layer import QK_NORMS
 from moe_jax.nn.attention.splash import Splash
 from moe_jax.nn.feedforward import HIDDEN
+from moe_jax.nn.rope import Rope
 from moe_jax.parallel.collectives import GATHERED
 
 # What a rematerialised block may keep for its backward pass, by the name in a config.
@@ -59,8 +63,18 @@ class Decoder(config.ModelConfig):
       head_dim: 0: d_model / num_heads.
       attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks.
-      qk_norm: RMS-normalise queries and keys per head.
-      rope_theta: base of the rotary wavelengths.
+      qk_norm: what queries and keys are RMS-normalised over: "none", each "head", or
+        the whole "projection" (OLMoE).
+      rope: how queries and keys turn with the position.
+      window: positions that a query sees, itself included; 0: all before it.
+      full_attention_every: with a window, each n-th block (the last of n) sees all
+        positions before it; 0: none does.
+      sinks: each head has a learned score without a value in its softmax (GPT-OSS).
+      attention_bias: biases of queries, keys and values.
+      attention_output_bias: a bias after the heads' output projection.
+      clip_qkv: queries, keys and values are cut to [-clip_qkv, clip_qkv]; 0: not.
+      attention_softcap: scores become cap * tanh(scores / cap) (Gemma 2); 0: not.
+      latent: multi-head latent attention (DeepSeek-V2); None: plain heads.
       norm: of the residual stream, one of `nn.norms.NORMS`: "rms" or "layer".
       norm_eps: of all norms.
       tie_embeddings: one matrix for input and output.
@@ -88,8 +102,16 @@ class Decoder(config.ModelConfig):
     head_dim: int = 0
     attention: config.AttentionConfig = dataclasses.field(default_factory=auto.Auto)
     feed_forward: config.FeedForwardConfig = dataclasses.field(default_factory=MoE)
-    qk_norm: bool = False
-    rope_theta: float = 10000.0
+    qk_norm: str = "none"
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    window: int = 0
+    full_attention_every: int = 0
+    sinks: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    clip_qkv: float = 0.0
+    attention_softcap: float = 0.0
+    latent: LatentAttention | None = None
     norm: str = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -107,7 +129,45 @@ class Decoder(config.ModelConfig):
 
     @property
     def width_per_head(self) -> int:
+        """Of queries and keys."""
+        if self.latent is not None:
+            return self.latent.nope_dim + self.latent.rope_dim
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def value_width(self) -> int:
+        """Of a head's values."""
+        return self.latent.value_dim if self.latent else self.width_per_head
+
+    @property
+    def rope_width(self) -> int:
+        """Of what turns in a head, before `rope.fraction`."""
+        return self.latent.rope_dim if self.latent else self.width_per_head
+
+    def windows(self) -> tuple[int, ...]:
+        """The window of each block; 0: all positions before."""
+        every = self.full_attention_every
+        full = lambda layer: every and (layer + 1) % every == 0
+        return tuple(0 if full(i) else self.window for i in range(self.num_layers))
+
+    def attention_calls(self, length: int, shards: int = 1) -> list[Call]:
+        """The different calls of an attention that the blocks make.
+
+        Args:
+          length: tokens of a row.
+          shards: over which a row is split.
+        """
+        call = lambda window: Call(
+            queries=length // shards,
+            keys=length,
+            width=self.width_per_head,
+            value_width=self.value_width,
+            dtype=self.dtype,
+            window=window,
+            softcap=self.attention_softcap,
+            sinks=self.sinks,
+        )
+        return [call(window) for window in sorted(set(self.windows()))]
 
     def rows_together(self) -> int:
         """See `ModelConfig.rows_together`."""
@@ -124,6 +184,14 @@ class Decoder(config.ModelConfig):
         small.d_model = 128
         if isinstance(self.attention, Splash):
             small.attention = auto.Auto()  # The kernel does not take short rows.
+        if self.latent is not None:
+            rank = 32 if self.latent.query_rank else 0
+            small.num_kv_heads = small.head_dim = 0
+            small.latent = LatentAttention(
+                query_rank=rank, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16
+            )
+        small.rope = self.rope.shrunk(small.rope_width)
+        small.window = min(self.window, 16)
         ff, layers = small.feed_forward, 2
         if isinstance(ff, MoE):
             ff.first_dense = min(ff.first_dense, 1)
@@ -132,6 +200,7 @@ class Decoder(config.ModelConfig):
             ff.dense_d_ff = 64 if ff.first_dense or ff.every > 1 else 0
         else:
             ff.d_ff = 64
+        layers = max(layers, small.full_attention_every)  # Each kind is there.
         small.num_layers = min(self.num_layers, layers)
         return small
 
@@ -144,16 +213,11 @@ class Decoder(config.ModelConfig):
             if not small:
                 yield f"{path}: num_kv_heads and head_dim must not be negative"
             return
-        if not self.head_dim and self.d_model % self.num_heads:
+        if not self.latent and not self.head_dim and self.d_model % self.num_heads:
             yield (
                 f"{path}.d_model={self.d_model} is not divisible by "
                 f"{path}.num_heads={self.num_heads}; num_heads takes one of "
                 f"{config.divisors(self.d_model)}, or set head_dim"
-            )
-        if self.width_per_head % 2:
-            yield (
-                f"{path}.head_dim={self.width_per_head} is odd: rotary positions turn "
-                "pairs; set an even one"
             )
         if self.num_heads % self.kv_heads:
             yield (
@@ -173,8 +237,43 @@ class Decoder(config.ModelConfig):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
+        yield from self._attention_problems(path, root)
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
+
+    def _attention_problems(self, path, root):
+        if self.qk_norm not in QK_NORMS:
+            yield f"{path}.qk_norm={self.qk_norm!r}: must be one of {list(QK_NORMS)}"
+        for name in ("window", "clip_qkv", "attention_softcap"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+        every = self.full_attention_every
+        if every < 0 or every == 1:
+            yield f"{path}.full_attention_every={every}: must be 0, or at least 2"
+        if every and not self.window:
+            yield (
+                f"{path}.full_attention_every={every} would be ignored: all blocks see "
+                f"all positions; set {path}.window"
+            )
+        given = "latent.rope_dim" if self.latent else "head_dim"
+        name, width = f"{path}.{given}", self.rope_width
+        yield from self.rope.width_problems(f"{path}.rope", width, name)
+        if self.latent is not None:
+            unused = ("num_kv_heads", "head_dim", "attention_bias", "clip_qkv")
+            found = [n for n in unused if getattr(self, n)]
+            found += ["qk_norm"] * (self.qk_norm != "none")
+            for name in found:
+                yield (
+                    f"{path}.{name}={getattr(self, name)!r}: latent attention has "
+                    f"none; leave it out, or {path}.latent"
+                )
+        if isinstance(self.attention, cudnn.CuDNN):
+            shards = max(1, root.mesh.context)
+            (call, *_) = self.attention_calls(root.data.sequence_length, shards)
+            # The type may yet change: `check` runs in float32.
+            if reason := cudnn.misfit(dataclasses.replace(call, dtype="bfloat16")):
+                name = f"{path}.attention"
+                yield f"{name}=CuDNN: {reason}; set {name} to Auto()"
 
     def _moe_problems(self, path, root):
         options = self.feed_forward
@@ -216,35 +315,59 @@ class Decoder(config.ModelConfig):
                 )
 
 
+class Kind(NamedTuple):
+    """What a block is.
+
+    Attributes:
+      moe: whether its feed-forward is made of experts.
+      window: positions that a query sees; 0: all before it.
+    """
+
+    moe: bool
+    window: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A run of blocks that repeats: one scan.
 
     Attributes:
-      moe: for each block of the pattern, whether it is MoE.
+      blocks: of the pattern.
       repeats: times the pattern occurs.
       first_layer: index of its first block in the model.
       first_moe: number of MoE blocks below.
     """
 
-    moe: tuple[bool, ...]
+    blocks: tuple[Kind, ...]
     repeats: int
     first_layer: int
     first_moe: int
+
+    @property
+    def num_moe(self) -> int:
+        """MoE blocks of the pattern."""
+        return sum(kind.moe for kind in self.blocks)
 
 
 def segments_of(options: Decoder) -> tuple[Segment, ...]:
     """Cuts the blocks into runs of one repeating pattern each."""
     ff, total = options.feed_forward, options.num_layers
-    if not isinstance(ff, MoE):
-        return (Segment((False,), total, 0, 0),)
-    repeats, rest = divmod(total - ff.first_dense, ff.every)
-    pattern = (False,) * (ff.every - 1) + (True,)
-    runs = [((False,), ff.first_dense), (pattern, repeats), ((False,), rest)]
+    runs = [((False,), total)]
+    if isinstance(ff, MoE):
+        repeats, rest = divmod(total - ff.first_dense, ff.every)
+        pattern = (False,) * (ff.every - 1) + (True,)
+        runs = [((False,), ff.first_dense), (pattern, repeats), ((False,), rest)]
+    windows, every = options.windows(), options.full_attention_every or 1
     found, layer, moe_layer = [], 0, 0
     for moe, count in runs:
-        if count:
-            found.append(Segment(moe, count, layer, moe_layer))
-            layer += len(moe) * count
-            moe_layer += sum(moe) * count
+        length = len(moe) * count
+        blocks = tuple(map(Kind, moe * count, windows[layer : layer + length]))
+        period = math.lcm(len(moe), every)
+        whole = length // period * period
+        for part in (blocks[:whole], blocks[whole:]):
+            if part:
+                seg = part[:period]
+                found.append(Segment(seg, len(part) // len(seg), layer, moe_layer))
+                layer += len(part)
+                moe_layer += sum(kind.moe for kind in part)
     return tuple(found)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.block import Block, norm_of
-from moe_jax.models.decoder_config import Decoder
+from moe_jax.models.decoder_config import Decoder, Kind
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import MoEAux
 from moe_jax.nn import linear, module
@@ -37,7 +37,8 @@ class MultiToken(nnx.Module):
             std=options.init_std,
             dtype=options.param_dtype,
         )
-        self.block = Block(options, isinstance(options.feed_forward, MoE), rngs=rngs)
+        kind = Kind(isinstance(options.feed_forward, MoE), options.windows()[-1])
+        self.block = Block(options, kind, rngs=rngs)
         self.norm = norm_of(options, rngs)
 
     def __call__(self, hidden, embedded, inputs: TokenInputs, **of_block):

@@ -98,12 +98,13 @@ class Template:
     Attributes:
       axes: nested dict of tuples of logical axes, one a weight.
       rounded: nested dict of bools, as `param` was told.
+      hollow: the module with the shapes of its weights, for what needs no more.
     """
 
     def __init__(self, build: Builder):
         self._build = build
-        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
-        self._graph, state = nnx.split(abstract)
+        self.hollow = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+        self._graph, state = nnx.split(self.hollow)
         is_param = lambda v: isinstance(v, nnx.Variable)
         facts = lambda of: nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=is_param))
         self.axes = facts(lambda p: p.axes)

@@ -127,11 +127,12 @@ def _attention(lay: Layout) -> Work:
     if not isinstance(lay.attention, Scores):
         return _blocked_attention(lay)
     scores = lay.tokens * lay.length * model.num_heads / lay.ways("heads")
+    widths = model.width_per_head + model.value_width
     on_chip = 4 * scores <= ON_CHIP_BYTES
     scores *= model.num_layers
     return Work(
         "attention",
-        flops=4 * scores * model.width_per_head,
+        flops=2 * scores * widths,
         hbm=0.0 if on_chip else SCORE_BYTES * scores,
         redone=model.remat != "none" and not lay.keeps("attention"),
         extra=(SCORE_WORK_ON_CHIP if on_chip else SCORE_WORK) * scores,
@@ -139,17 +140,20 @@ def _attention(lay: Layout) -> Work:
 
 
 def _blocked_attention(lay: Layout) -> Work:
-    """The blocks on and below the diagonal; with `context`, of the last shard."""
+    """Blocks below the diagonal, in the window; with `context`, of the last shard."""
     model, block = lay.model, min(ATTENTION_BLOCK, lay.length)
-    heads = model.num_layers * model.num_heads / lay.ways("heads")
-    seen = lay.length - lay.length / lay.ways("context") / 2 + block / 2
+    heads = model.num_heads / lay.ways("heads")
+    causal = lay.length - lay.length / lay.ways("context") / 2 + block / 2
+    windows = (window or lay.length for window in model.windows())
+    seen = sum(min(causal, window + block) for window in windows)
     scores = heads * lay.tokens * seen
+    widths = model.width_per_head + model.value_width
     # Queries and results once, keys and values for each block of queries.
-    moved = heads * lay.tokens + scores / block
+    moved = heads * model.num_layers * lay.tokens + scores / block
     return Work(
         "attention",
-        flops=4 * scores * model.width_per_head,
-        hbm=2 * lay.width * moved * model.width_per_head,
+        flops=2 * scores * widths,
+        hbm=lay.width * moved * widths,
         redone=lay.model.remat != "none" and not lay.keeps("attention"),
         backward=ATTENTION_BACKWARD,
     )

@@ -121,7 +121,8 @@ def exchanges(facts: Facts, lay: Layout) -> list[Exchange]:
         found += _of_weight(lay, weight)
     rows = lay.tokens * model.d_model * lay.width
     sent = lay.sent * model.d_model * lay.width
-    keys = 2 * lay.rows * lay.length * model.kv_heads * model.width_per_head * lay.width
+    widths = model.width_per_head + model.value_width
+    keys = lay.rows * lay.length * model.kv_heads * widths * lay.width
     passes = micro * (2 + (model.remat != "none"))
     turns, layers = 2 * micro * (2 + lay.exchanges_again), model.num_layers
     keys /= lay.ways("heads")

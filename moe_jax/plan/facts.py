@@ -317,11 +317,11 @@ def layout_of(config: Config, sizes: dict[str, int], slices: int = 1) -> Layout:
     chunk = chunk or cross_entropy.chunk_of(
         model.d_model, model.vocab_size // sizes["tensor"]
     )
-    shapes = (length // sizes["context"], length, model.width_per_head, model.dtype)
+    call = model.attention_calls(length, sizes["context"])[-1]
     return Layout(
         model=model,
         moe=moe,
-        attention=attention.auto.resolve(model.attention, "tpu", *shapes),
+        attention=attention.auto.resolve(model.attention, "tpu", call),
         dispatch=dispatch,
         sizes=sizes,
         slices=slices,

@@ -38,7 +38,9 @@ def _scores(lay: Layout) -> float:
 def _block(lay: Layout, weights: list[Weight]) -> Memory:
     """What one block with these weights keeps for its backward pass, all of it."""
     model, width = lay.model, lay.width
-    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width_per_head
+    # Queries and keys; values and what they are mixed to.
+    widths = model.width_per_head + model.value_width
+    heads = (model.num_heads + model.kv_heads) * widths
     heads /= lay.ways("heads")
     # Sums of the softmax; all of it in float32 and in the computation's type.
     activations = lay.tokens * width * (heads + 4 * model.d_model)
@@ -116,11 +118,12 @@ def _kept_by_name(facts: Facts, lay: Layout) -> Memory:
     model, found = lay.model, dict.fromkeys(_CLASSES, 0.0)
     heads = model.num_layers * lay.tokens / lay.ways("heads")
     if lay.keeps("attention"):
-        size = lay.width * model.width_per_head + 4
+        size = lay.width * model.value_width + 4
         found["activations"] += heads * model.num_heads * size
     if lay.keeps("projections"):
-        rows = heads * (model.num_heads + 2 * model.kv_heads)
-        found["activations"] += rows * model.width_per_head * lay.width
+        rows = model.kv_heads * (model.width_per_head + model.value_width)
+        rows += model.num_heads * model.width_per_head
+        found["activations"] += heads * rows * lay.width
     for weight in facts.weights:
         is_expert = weight.part == "experts"
         experts = lay.moe.num_experts if is_expert else 1

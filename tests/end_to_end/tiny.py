@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> Config:
                 scorer=Linear(init_std=0.2),
                 balance=Balance(bias_rate=0.01),
             ),
-            qk_norm=True,
+            qk_norm="head",
             init_std=0.1,
             dtype="float32",
             remat="none",

@@ -14,6 +14,7 @@ from moe_jax.models.decoder import DecoderModel
 from moe_jax.models.decoder_config import (
     REMAT_NAMES,
     Decoder,
+    Kind,
     Segment,
     segments_of,
 )
@@ -25,6 +26,7 @@ from moe_jax.moe.routing import EVAL, TRAIN, Observation, Override
 from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn.feedforward import Dense
+from moe_jax.nn.rope import Rope
 from moe_jax.tree import named_leaves
 
 V, D, H, G, W, F, E, B, S = 32, 16, 4, 2, 4, 24, 4, 2, 12
@@ -49,8 +51,8 @@ def options(**fields):
         "num_heads": H,
         "num_kv_heads": G,
         "feed_forward": moe,
-        "qk_norm": True,
-        "rope_theta": 100.0,
+        "qk_norm": "head",
+        "rope": Rope(theta=100.0),
         "init_std": 0.3,
         "dtype": "float32",
         "remat": "none",
@@ -337,12 +339,36 @@ def test_remat_policies_give_the_same_gradients():
 def test_segments(layers, fields, want):
     dense = 8 if fields else 0
     made = options(num_layers=layers, feed_forward=MoE(dense_d_ff=dense, **fields))
-    assert segments_of(made) == tuple(Segment(*one) for one in want)
+    of = lambda moe, *rest: Segment(tuple(map(Kind, moe)), *rest)
+    assert segments_of(made) == tuple(of(*one) for one in want)
+
+
+def test_segments_with_windows():
+    """Every other block sees all; what does not repeat is a run of its own."""
+    dense, moe = Kind(False, 4), Kind(True, 4)
+    every = dict(window=4, full_attention_every=2)
+    made = options(num_layers=5, feed_forward=MoE(), **every)
+    both = (moe, Kind(True, 0))
+    assert segments_of(made) == (Segment(both, 2, 0, 0), Segment((moe,), 1, 4, 4))
+    ff = MoE(first_dense=1, dense_d_ff=8)
+    made = options(num_layers=5, feed_forward=ff, **every)
+    assert made.windows() == (4, 0, 4, 0, 4)
+    assert segments_of(made) == (
+        Segment((dense,), 1, 0, 0),
+        Segment((Kind(True, 0), moe), 2, 1, 0),
+    )
+    ff = MoE(every=3, dense_d_ff=8)
+    made = options(num_layers=6, feed_forward=ff, window=4, full_attention_every=2)
+    (only,) = segments_of(made)
+    assert [kind.window for kind in only.blocks] == [4, 0, 4, 0, 4, 0]
+    assert [kind.moe for kind in only.blocks] == [False, False, True] * 2
+    made = options(feed_forward=Dense(d_ff=F), window=3)
+    assert segments_of(made) == (Segment((Kind(False, 3),), 6, 0, 0),)
 
 
 def test_a_dense_model_is_one_segment():
     made = options(feed_forward=Dense(d_ff=F))
-    assert segments_of(made) == (Segment((False,), 6, 0, 0),)
+    assert segments_of(made) == (Segment((Kind(False),), 6, 0, 0),)
     model = build(made)
     assert isinstance(model, DecoderModel) and model.num_moe_layers == 0
     assert model.init_router_state() == {}
@@ -429,7 +455,7 @@ def test_axes_mirror_the_parameters():
         (dict(num_layers=0), {}, "num_layers=0: must be at least 1"),
         (dict(num_heads=3), {}, "d_model=16 is not divisible"),
         (dict(num_kv_heads=3), {}, "num_kv_heads=3"),
-        (dict(head_dim=3), {}, "head_dim=3 is odd"),
+        (dict(head_dim=3), {}, "head_dim=3: rotary positions turn pairs"),
         (dict(remat="some"), {}, "remat='some': 'some' is not known"),
         (dict(remat="hidden+dots"), {}, "'dots' is not known"),
         (dict(remat="hidden+attention"), {}, ""),
@@ -441,6 +467,11 @@ def test_axes_mirror_the_parameters():
         (dict(remat="exchanges"), {}, ""),
         (dict(dtype="float8"), {}, "dtype='float8'"),
         (dict(num_kv_heads=-1), {}, "must not be negative"),
+        (dict(norm="batch"), {}, "norm='batch': must be one of ['layer', 'rms']"),
+        (dict(logit_softcap=-1.0), {}, "logit_softcap=-1.0: must not be negative"),
+        (dict(mtp=-1), {}, "mtp=-1: must not be negative"),
+        (dict(full_attention_every=2), {}, "full_attention_every=2 would be ignored"),
+        (dict(window=3, full_attention_every=1), {}, "must be 0, or at least 2"),
         (dict(num_layers=1), {}, "leaves no block for experts"),
         (dict(num_layers=2), {}, "leaves no block for experts"),
         ({}, dict(fsdp=3), "d_model=16 is not divisible by config.mesh.fsdp"),
@@ -463,6 +494,6 @@ def test_a_shrunk_model_is_of_the_same_kind():
     small = big.shrunk()
     assert small.num_heads // small.kv_heads == 4
     assert small.feed_forward.selector.top_k == 3 and small.num_layers == 5
-    assert segments_of(small)[1].moe == (False, True)
+    assert segments_of(small)[1].blocks == (Kind(False), Kind(True))
     assert list(small.problems("config.model", config.Config())) == []
     assert big.num_layers == 30 and big.feed_forward.experts.d_ff == F

@@ -15,6 +15,7 @@ from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import EVAL, TRAIN
 from moe_jax.nn.feedforward import Dense
+from moe_jax.nn.rope import Rope
 from moe_jax.objectives import next_token
 from moe_jax.objectives.next_token import NextToken
 from moe_jax.tree import named_leaves
@@ -42,7 +43,7 @@ def model_of(feed_forward, **fields):
                 d_model=D,
                 num_heads=1,
                 feed_forward=feed_forward,
-                rope_theta=50.0,
+                rope=Rope(theta=50.0),
                 dtype="float32",
                 init_std=0.5,
                 mtp=2,

@@ -1,5 +1,6 @@
 """Attentions against `Scores`: values and gradients, on one device and on meshes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from moe_jax.errors import UserError
 from moe_jax.nn.attention import ATTENTIONS, auto, blocked, cudnn, sharded, splash
 from moe_jax.nn.attention.auto import Auto
 from moe_jax.nn.attention.blocked import Blocked
-from moe_jax.nn.attention.common import ATTENDED, Segments
+from moe_jax.nn.attention.common import ATTENDED, Call, Segments
 from moe_jax.nn.attention.cudnn import CuDNN
 from moe_jax.nn.attention.scores import Scores
 from moe_jax.nn.attention.splash import Splash
@@ -217,6 +218,12 @@ def test_a_policy_may_keep_the_results():
     assert exponentials(ATTENDED) == 3
 
 
+def called(queries, keys, width, dtype, **rest):
+    """The facts of a call whose values are as wide as its keys."""
+    sizes = dict(queries=queries, keys=keys, width=width, value_width=width)
+    return Call(**sizes | dict(dtype=dtype) | rest)
+
+
 @pytest.mark.parametrize(
     "where, queries, keys, width, dtype, expected",
     [
@@ -237,19 +244,24 @@ def test_a_policy_may_keep_the_results():
     ],
 )
 def test_what_auto_takes(where, queries, keys, width, dtype, expected):
-    shapes = (where, queries, keys, width, dtype)
-    assert auto.choose(*shapes) == auto.resolve(Auto(), *shapes) == expected
+    given = where, called(queries, keys, width, dtype)
+    assert auto.choose(*given) == auto.resolve(Auto(), *given) == expected
 
 
-def test_a_line_says_what_it_became(axes_mesh):
-    with jax.set_mesh(axes_mesh(context=2)):
-        assert auto.describe(Auto(), 512, 32, "float32") == [
-            "auto attention: Blocked for rows of 512 tokens over 2 shards, float32 "
-            "heads of 32, on cpu"
-        ]
-        (line,) = auto.describe(Splash(), 128, 32, "float32")
-        assert line.startswith("Splash attention: Blocked for rows")
-        assert auto.describe(Blocked(block=8), 128, 32, "float32") == []
+def test_a_line_says_what_it_became():
+    assert auto.describe(Auto(), called(256, 512, 32, "float32")) == [
+        "auto attention: Blocked for rows of 512 tokens over 2 shards, float32 "
+        "heads of 32, on cpu"
+    ]
+    call = called(128, 128, 32, "float32")
+    (line,) = auto.describe(Splash(), call)
+    assert line.startswith("Splash attention: Blocked for rows")
+    assert auto.describe(Blocked(block=8), call) == []
+    more = dict(value_width=24, window=64, softcap=30.0, sinks=True)
+    (line,) = auto.describe(Splash(), dataclasses.replace(call, **more))
+    assert line.endswith(
+        "heads of 32 with values of 24, a window of 64, a softcap of 30, sinks, on cpu"
+    )
 
 
 def test_problems():

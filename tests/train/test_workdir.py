@@ -28,7 +28,7 @@ def test_claim_saves_the_config(folder, tiny):
 
 def test_another_model_is_refused(folder, tiny):
     tiny.model.feed_forward.num_experts = 8
-    tiny.model.qk_norm = False
+    tiny.model.qk_norm = "none"
     message = refusal(folder, tiny)
     assert f"--workdir={folder} holds another model" in message
     assert "config.model.feed_forward.num_experts: 4 -> 8" in message

@@ -1,16 +1,19 @@
 """Attentions: causal within the documents of a row, with grouped queries.
 
-Each is `(options, q, k, v, segments) -> mixed`, on one shard:
+Each is `(options, q, k, v, segments, scoring) -> mixed`, on one shard:
 
 | argument | shape | |
 |---|---|---|
 | q | (B, S, H, Dh) | the shard's queries, already divided by sqrt(Dh) |
-| k, v | (B, M, Hkv, Dh) | of the whole row; query head h reads kv head h Hkv / H |
+| k | (B, M, Hkv, Dh) | of the whole row; query head h reads kv head h Hkv / H |
+| v | (B, M, Hkv, Dv) | of the whole row |
 | segments | `Segments` | who sees whom |
-| mixed | (B, S, H, Dh) | in the type of q; scores and softmax are float32 or wider |
+| scoring | `Scoring` | window, cap of the scores, sinks |
+| mixed | (B, S, H, Dv) | in the type of q; scores and softmax are float32 or wider |
 
-All give the same result. `Scores` is the formula, the others avoid its array of all
-scores (B, H, S, M). Grouped queries are those of Ainslie et al. 2023.
+All give the same result, or refuse: what a kernel does not take its `misfit` says.
+`Scores` is the formula, the others avoid its array of all scores (B, H, S, M). Grouped
+queries are those of Ainslie et al. 2023.
 """
 
 from moe_jax.nn.attention import auto, blocked, cudnn, scores, splash

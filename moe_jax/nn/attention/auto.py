@@ -8,8 +8,7 @@ import jax
 
 from moe_jax import config
 from moe_jax.nn.attention import blocked, cudnn, scores, splash
-from moe_jax.nn.attention.common import Segments
-from moe_jax.parallel import rules
+from moe_jax.nn.attention.common import PLAIN, Call, Scoring, Segments
 from moe_jax.parallel.mesh import platform
 
 # Rows up to here take all scores at once. Measured on a CPU: a step with blocks takes
@@ -33,63 +32,59 @@ class Auto(config.AttentionConfig):
     """
 
 
-def choose(
-    where: str, queries: int, keys: int, head_dim: int, dtype: jax.typing.DTypeLike
-) -> config.AttentionConfig:
-    """Applies the rule.
-
-    Args:
-      where: "cpu", "gpu" or "tpu".
-      queries: positions of a row on one shard.
-      keys: positions of the whole row.
-      head_dim: Dh.
-      dtype: of the computation.
-    """
-    if keys <= SHORT.get(where, SHORT["gpu"]):
+def choose(where: str, call: Call) -> config.AttentionConfig:
+    """Applies the rule; `where` is "cpu", "gpu" or "tpu"."""
+    if call.keys <= SHORT.get(where, SHORT["gpu"]):
         return scores.Scores()
-    if where == "tpu" and splash.fits(queries):
+    if where == "tpu" and not splash.misfit(call):
         # The parts of the queries' gradient that one kernel keeps are few then.
-        return splash.Splash(fused_backward=keys <= 2 * splash.Splash().block_kv)
-    if where == "gpu" and not cudnn.misfit(dtype, head_dim, queries):
+        few = call.keys <= 2 * splash.Splash().block_kv
+        return splash.Splash(fused_backward=few)
+    if where == "gpu" and not cudnn.misfit(call):
         return cudnn.CuDNN()
     return blocked.Blocked() if where == "cpu" else blocked.Blocked(block=LARGE_BLOCK)
 
 
 def resolve(
-    options: config.AttentionConfig,
-    where: str,
-    queries: int,
-    keys: int,
-    head_dim: int,
-    dtype: jax.typing.DTypeLike,
+    options: config.AttentionConfig, where: str, call: Call
 ) -> config.AttentionConfig:
     """What an attention becomes: `Auto` its choice, a kernel elsewhere `Blocked`."""
     if isinstance(options, Auto):
-        return choose(where, queries, keys, head_dim, dtype)
+        return choose(where, call)
     home = {splash.Splash: "tpu", cudnn.CuDNN: "gpu"}.get(type(options), where)
     return options if home == where else blocked.Blocked()
 
 
-def describe(
-    options: config.AttentionConfig, length: int, head_dim: int, dtype: str
-) -> list[str]:
-    """Lines about what the current mesh (`jax.set_mesh`) makes of the options."""
-    shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
-    shapes = (length // shards, length, head_dim, dtype)
-    chosen = resolve(options, platform(), *shapes)
+def describe(options: config.AttentionConfig, call: Call) -> list[str]:
+    """Lines about what the platform makes of the options for a call on one shard."""
+    chosen = resolve(options, platform(), call)
     if chosen == options:
         return []
     name = type(options).__name__
+    shards = call.keys // call.queries
+    width = f"{call.width}"
+    if call.value_width != call.width:
+        width += f" with values of {call.value_width}"
+    extras = [
+        f", a window of {call.window}" if call.window else "",
+        f", a softcap of {call.softcap:g}" if call.softcap else "",
+        ", sinks" if call.sinks else "",
+    ]
     return [
         f"{'auto' if isinstance(options, Auto) else name} attention: "
-        f"{type(chosen).__name__} for rows of {length} tokens over {shards} shards, "
-        f"{dtype} heads of {head_dim}, on {platform()}"
+        f"{type(chosen).__name__} for rows of {call.keys} tokens over {shards} shards, "
+        f"{call.dtype} heads of {width}{''.join(extras)}, on {platform()}"
     ]
 
 
 def attend(
-    options: Auto, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+    options: Auto,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Resolves to another attention at trace time; see `ATTENTIONS`."""
-    chosen = choose(platform(), q.shape[1], k.shape[1], q.shape[-1], q.dtype)
-    return _ATTENTIONS[type(chosen)](chosen, q, k, v, segments)
+    chosen = choose(platform(), Call.of(q, k, v, scoring))
+    return _ATTENTIONS[type(chosen)](chosen, q, k, v, segments, scoring)

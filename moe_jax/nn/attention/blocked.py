@@ -6,12 +6,14 @@ derivative has the output and the log-sum-exp of each query's scores, and comput
 block's scores again (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2).
 
 A block of queries leaves out the blocks of keys that come later than all of it, and
-those before the first that shares a document with it: the loop's bounds are data.
+those before the first that shares a document with it or is in a window: the loop's
+bounds are data.
 
 Inside, queries of all heads that share a kv head are rows of one matrix: arrays are
 (n, B, Hkv, t, Dh) with n blocks of t rows, for queries H / Hkv * block of them.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -21,7 +23,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
-from moe_jax.nn.attention.common import ATTENDED, Segments, masked_out, score_dtype
+from moe_jax.nn.attention.common import (
+    ATTENDED,
+    PLAIN,
+    Scoring,
+    Segments,
+    in_reach,
+    masked_out,
+    score_dtype,
+)
 from moe_jax.tree import struct
 
 
@@ -41,24 +51,30 @@ class Blocked(config.AttentionConfig):
 
 
 def attend(
-    options: Blocked, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+    options: Blocked,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """See `ATTENTIONS`. It has a first derivative only, in reverse mode."""
-    return _attend(options.block, q, k, v, segments)
+    return _attend(options.block, q, k, v, segments, scoring)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block, q, k, v, segments):
-    return _forward(block, q, k, v, segments)[0]
+def _attend(block, q, k, v, segments, scoring):
+    return _forward(block, q, k, v, segments, scoring)[0]
 
 
-def _attend_forward(block, q, k, v, segments):
-    out, log_sums = _forward(block, q, k, v, segments)
-    return out, (q, k, v, segments, out, log_sums)
+def _attend_forward(block, q, k, v, segments, scoring):
+    out, log_sums = _forward(block, q, k, v, segments, scoring)
+    return out, (q, k, v, segments, scoring, out, log_sums)
 
 
 def _attend_backward(block, kept, d_out):
-    return *_backward(block, *kept, d_out), None
+    d_q, d_k, d_v, d_sinks = _backward(block, *kept, d_out)
+    return d_q, d_k, d_v, None, dataclasses.replace(kept[4], sinks=d_sinks)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -88,6 +104,11 @@ class _Rows:
         x = x.reshape(batch, blocks, self.size, groups, self.repeats, width)
         x = x.transpose(1, 0, 3, 4, 2, 5)
         return x.reshape(blocks, batch, groups, self.repeats * self.size, width)
+
+    def spread(self, sinks: jax.Array) -> jax.Array:
+        """(H,), one number a head -> (Hkv, t), one a row of a block."""
+        sinks = sinks.reshape(-1, self.repeats)
+        return jnp.repeat(sinks, self.size, axis=1)
 
     def join(self, blocks: jax.Array, like: jax.Array) -> jax.Array:
         """The inverse: (n, B, Hkv, t, Dh) to the shape and type of `like`."""
@@ -124,15 +145,19 @@ def _both_rows(block, q, k, segments: Segments) -> tuple[_Rows, _Rows]:
     return queries, _rows(segments.keys, 0, block, 1)
 
 
-def _bounds(queries: _Rows, keys: _Rows) -> tuple[jax.Array, jax.Array]:
+def _bounds(
+    queries: _Rows, keys: _Rows, window: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """First key block, and the one after the last, for each query block; both (n,)."""
     low = lambda rows: jnp.min(rows.segments, axis=-1)
     high = lambda rows: jnp.max(rows.segments, axis=-1)
     meet = low(keys)[None] <= high(queries)[:, None]
     meet &= high(keys)[None] >= low(queries)[:, None]
-    not_later = keys.places[:, 0] <= queries.places[:, -1:]
+    in_place = keys.places[:, 0] <= queries.places[:, -1:]
+    if window:
+        in_place &= queries.places[:, :1] - keys.places[:, -1] < window
     # There is a True in each row: no block is without a query, and it sees itself.
-    seen = not_later & jnp.any(meet, axis=-1)
+    seen = in_place & jnp.any(meet, axis=-1)
     last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
     return jnp.argmax(seen, axis=1), last
 
@@ -151,16 +176,34 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
-def _scores(q: jax.Array, query: Any, k: jax.Array, key: Any) -> jax.Array:
-    """(B, Hkv, t, u) of one block each; rows are (segments (B, t), places (t,))."""
-    scores = _product("bgtd,bgud->bgtu", q, k)
+def _scores(
+    q: jax.Array, query: Any, k: jax.Array, key: Any, scoring: Scoring
+) -> tuple[jax.Array, jax.Array | None]:
+    """(B, Hkv, t, u) of one block each, and the slope of the cap if there is one.
+
+    Rows are (segments (B, t), places (t,)).
+    """
+    scores, slope = _product("bgtd,bgud->bgtu", q, k), None
+    if scoring.softcap:
+        bent = jnp.tanh(scores / scoring.softcap)
+        scores, slope = scoring.softcap * bent, 1 - bent**2
     seen = query[0][:, :, None] == key[0][:, None, :]
-    seen &= query[1][:, None] >= key[1]
-    return jnp.where(seen[:, None], scores, masked_out(scores.dtype))
+    seen &= in_reach(query[1][:, None], key[1], scoring.window)
+    return jnp.where(seen[:, None], scores, masked_out(scores.dtype)), slope
 
 
-def _forward(block, q, k, v, segments: Segments) -> tuple[jax.Array, jax.Array]:
-    """(B, S, H, Dh), and the log-sum-exp of each query's scores (n, B, Hkv, t)."""
+def _first(queries: _Rows, like: jax.Array, scoring: Scoring):
+    """Maximum and sum of a block's softmax, (B, Hkv, t), before there is a key."""
+    if scoring.sinks is None:
+        return jnp.full_like(like, masked_out(like.dtype)), like
+    top = queries.spread(scoring.sinks.astype(like.dtype))
+    return jnp.broadcast_to(top, like.shape), jnp.ones_like(like)
+
+
+def _forward(
+    block, q, k, v, segments: Segments, scoring: Scoring
+) -> tuple[jax.Array, jax.Array]:
+    """(B, S, H, Dv), and the log-sum-exp of each query's scores (n, B, Hkv, t)."""
     queries, keys = _both_rows(block, q, k, segments)
     all_keys = keys.cut(k), keys.cut(v), (keys.segments, keys.places)
 
@@ -170,7 +213,7 @@ def _forward(block, q, k, v, segments: Segments) -> tuple[jax.Array, jax.Array]:
         def step(j, state):
             out, top, total = state
             k, v, key = _at(all_keys, j)
-            scores = _scores(q, query, k, key)
+            scores, _ = _scores(q, query, k, key, scoring)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -178,22 +221,22 @@ def _forward(block, q, k, v, segments: Segments) -> tuple[jax.Array, jax.Array]:
             mixed = _product("bgtu,bgud->bgtd", weights.astype(v.dtype), v)
             return out * shrink[..., None] + mixed, new_top, total
 
-        zeros = jnp.zeros_like(q, score_dtype(q))
-        top = jnp.full_like(zeros[..., 0], masked_out(zeros.dtype))
-        state = zeros, top, zeros[..., 0]
+        zeros = jnp.zeros((*q.shape[:-1], v.shape[-1]), score_dtype(q))
+        state = zeros, *_first(queries, zeros[..., 0], scoring)
         out, top, total = lax.fori_loop(first, last, step, state)
         out = (out / total[..., None]).astype(q.dtype)
         return None, (out, top + jnp.log(total))
 
     rows = queries.segments, queries.places
-    given = queries.cut(q), rows, *_bounds(queries, keys)
+    given = queries.cut(q), rows, *_bounds(queries, keys, scoring.window)
     _, (out, log_sums) = lax.scan(one, None, given)
-    out = checkpoint_name(queries.join(out, q), ATTENDED)
+    like = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)
+    out = checkpoint_name(queries.join(out, like), ATTENDED)
     return out, checkpoint_name(log_sums, ATTENDED)
 
 
-def _backward(block, q, k, v, segments, out, log_sums, d_out):
-    """Gradients of q, k and v; those of keys and values are added up over queries."""
+def _backward(block, q, k, v, segments, scoring, out, log_sums, d_out):
+    """Gradients of q, k, v and sinks; of keys and values added up over queries."""
     queries, keys = _both_rows(block, q, k, segments)
     all_keys = keys.cut(k), keys.cut(v), (keys.segments, keys.places)
     wide = score_dtype(q)
@@ -206,9 +249,11 @@ def _backward(block, q, k, v, segments, out, log_sums, d_out):
         def step(j, state):
             d_q, d_k, d_v = state
             k, v, key = _at(all_keys, j)
-            weights = jnp.exp(_scores(q, query, k, key) - log_sum[..., None])
+            scores, slope = _scores(q, query, k, key, scoring)
+            weights = jnp.exp(scores - log_sum[..., None])
             d_weights = _product("bgtd,bgud->bgtu", d_out, v)
-            d_scores = (weights * (d_weights - mean)).astype(q.dtype)
+            d_scores = weights * (d_weights - mean)
+            d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
             weights = weights.astype(v.dtype)
             d_q = d_q + _product("bgtu,bgud->bgtd", d_scores, k)
             d_k = _added(d_k, j, _product("bgtu,bgtd->bgud", d_scores, q))
@@ -221,7 +266,18 @@ def _backward(block, q, k, v, segments, out, log_sums, d_out):
 
     rows = queries.segments, queries.places
     cut = map(queries.cut, (q, d_out))
-    given = *cut, log_sums, queries.cut(mean), rows, *_bounds(queries, keys)
-    zeros = jnp.zeros_like(all_keys[0], wide)
-    (d_k, d_v), d_q = lax.scan(one, (zeros, zeros), given)
-    return queries.join(d_q, q), keys.join(d_k, k), keys.join(d_v, v)
+    means, bounds = queries.cut(mean), _bounds(queries, keys, scoring.window)
+    given = *cut, log_sums, means, rows, *bounds
+    zeros = tuple(jnp.zeros_like(a, wide) for a in all_keys[:2])
+    (d_k, d_v), d_q = lax.scan(one, zeros, given)
+    d_sinks = _sinks_gradient(queries, scoring.sinks, log_sums, means[..., 0])
+    return queries.join(d_q, q), keys.join(d_k, k), keys.join(d_v, v), d_sinks
+
+
+def _sinks_gradient(queries: _Rows, sinks, log_sums, means):
+    """(H,): a sink's weight takes the mean from each row; sums are (n, B, Hkv, t)."""
+    if sinks is None:
+        return None
+    weights = jnp.exp(queries.spread(sinks.astype(log_sums.dtype)) - log_sums)
+    rows = jnp.sum(weights * means, axis=(0, 1))
+    return -rows.reshape(*sinks.shape, queries.size).sum(axis=-1).astype(sinks.dtype)

@@ -1,4 +1,7 @@
-"""What the attentions share: which keys a query sees, and a name for their results."""
+"""What the attentions share: who sees whom, what becomes of scores, names."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +33,83 @@ class Segments:
     keys: jax.Array
     first: jax.Array | int = 0
 
-    def mask(self) -> jax.Array:
+    def mask(self, window: int = 0) -> jax.Array:
         """(B, S, M) bool: which query sees which key."""
         query_places = self.first + jnp.arange(self.queries.shape[1])
         key_places = jnp.arange(self.keys.shape[1])
         same = self.queries[:, :, None] == self.keys[:, None, :]
-        return same & (query_places[:, None] >= key_places)
+        return same & in_reach(query_places[:, None], key_places, window)
+
+
+def in_reach(query: jax.Array, key: jax.Array, window: int) -> jax.Array:
+    """Whether a key is not later than a query, nor before its window (0: none)."""
+    seen = query >= key
+    return seen & (query - key < window) if window else seen
+
+
+@struct(static=("window", "softcap"))
+class Scoring:
+    """What an attention does beyond the plain softmax.
+
+    Attributes:
+      window: a query sees at most that many positions, itself included (Child et al.
+        2019, Mistral 7B); 0: all before it.
+      softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0: they stay.
+      sinks: (H,) a score a head that takes part in the softmax and brings no value
+        (GPT-OSS; Xiao et al. 2023, arXiv:2309.17453); or None.
+    """
+
+    window: int = 0
+    softcap: float = 0.0
+    sinks: jax.Array | None = None
+
+
+PLAIN = Scoring()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is known of an attention before it runs: its shapes and options.
+
+    Attributes:
+      queries: positions of a row on one shard.
+      keys: positions of the whole row.
+      width: of a query and a key.
+      value_width: of a value.
+      dtype: of the computation.
+      window: see `Scoring`.
+      softcap: see `Scoring`.
+      sinks: whether there are any.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+    dtype: Any
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> "Call":
+        """The call with these arguments; see `ATTENTIONS`."""
+        return cls(
+            queries=q.shape[1],
+            keys=k.shape[1],
+            width=q.shape[-1],
+            value_width=v.shape[-1],
+            dtype=q.dtype,
+            window=scoring.window,
+            softcap=scoring.softcap,
+            sinks=scoring.sinks is not None,
+        )
+
+
+def mean_seen(length: int, window: int = 0) -> float:
+    """Keys that a query sees on average in rows of one document, causality halved."""
+    reach = min(window or length, length)
+    return reach * (1 - reach / (2 * length))
 
 
 def masked_out(dtype: jax.typing.DTypeLike) -> float:

@@ -1,7 +1,8 @@
 """Attention by cuDNN's kernel for NVIDIA GPUs, through `jax.nn`.
 
-The kernel knows causality but not documents: those come as a mask (B, 1, S, S) that
-all heads share, which XLA turns into 2 bytes an entry.
+The kernel knows causality and windows but not documents: those come as a mask
+(B, 1, S, S) that all heads share, which XLA turns into 2 bytes an entry. It has no cap
+and no sinks.
 """
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax import config
 from moe_jax.errors import UserError
 from moe_jax.nn.attention import blocked
-from moe_jax.nn.attention.common import Segments
+from moe_jax.nn.attention.common import PLAIN, Call, Scoring, Segments
 from moe_jax.parallel.mesh import platform
 
 MOST_WIDTH = 128
@@ -24,13 +25,17 @@ class CuDNN(config.AttentionConfig):
     """
 
 
-def misfit(dtype: jax.typing.DTypeLike, head_dim: int, length: int) -> str:
-    """Why the kernel does not take these shapes; "" where it does."""
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"{jnp.dtype(dtype)} is not bfloat16"
-    if head_dim % 8 or head_dim > MOST_WIDTH:
-        return f"head_dim={head_dim} is not a multiple of 8 up to {MOST_WIDTH}"
-    return f"{length} positions on a shard are odd" if length % 2 else ""
+def misfit(call: Call) -> str:
+    """Why the kernel does not take a call; "" where it does."""
+    if jnp.dtype(call.dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"{jnp.dtype(call.dtype)} is not bfloat16"
+    if call.width % 8 or call.width > MOST_WIDTH:
+        return f"head_dim={call.width} is not a multiple of 8 up to {MOST_WIDTH}"
+    if call.value_width != call.width:
+        return f"values of {call.value_width} are not as wide as keys of {call.width}"
+    if call.softcap or call.sinks:
+        return "it has no softcap and no sinks"
+    return f"{call.queries} positions on a shard are odd" if call.queries % 2 else ""
 
 
 def attend(
@@ -39,6 +44,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
+    scoring: Scoring = PLAIN,
     implementation: str = "cudnn",
 ) -> jax.Array:
     """See `ATTENTIONS`; `implementation` is that of `jax.nn.dot_product_attention`.
@@ -47,22 +53,24 @@ def attend(
       UserError: on a GPU, types or shapes that the kernel does not take.
     """
     if platform() != "gpu" and implementation == "cudnn":
-        return blocked.attend(blocked.Blocked(), q, k, v, segments)
-    reason = misfit(q.dtype, q.shape[-1], q.shape[1])
+        return blocked.attend(blocked.Blocked(), q, k, v, segments, scoring)
+    reason = misfit(Call.of(q, k, v, scoring))
     if reason and implementation == "cudnn":
         raise UserError(
             f"config.model.attention=CuDNN: {reason}; set config.model.attention to "
             "Auto()"
         )
-    whole = q.shape[1] == k.shape[1]
+    whole, window = q.shape[1] == k.shape[1], scoring.window
     same = segments.queries[:, :, None] == segments.keys[:, None, :]
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
-        mask=(same if whole else segments.mask())[:, None],
+        mask=(same if whole else segments.mask(window))[:, None],
         scale=1.0,
-        # Blocks above the diagonal are skipped; a shard of the row has no diagonal.
+        # Blocks above the diagonal are skipped, and those before the window; a shard of
+        # the row has no diagonal.
         is_causal=whole,
+        local_window_size=(window - 1, 0) if whole and window else None,
         implementation=implementation,
     )

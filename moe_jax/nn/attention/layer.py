@@ -6,11 +6,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config
-from moe_jax.nn import linear, module, norms, rope
+from moe_jax.nn import linear, module, norms
 from moe_jax.nn.attention import scores, sharded
-from moe_jax.nn.attention.common import PROJECTED
+from moe_jax.nn.attention.common import PROJECTED, Scoring, in_reach
+from moe_jax.nn.rope import Rope, rotate
 from moe_jax.parallel import rules
 from moe_jax.tree import struct
+
+# What queries and keys are normed over: nothing, each head, or all heads together.
+QK_NORMS = ("none", "head", "projection")
+_TEXT = ("batch", "sequence", None)
 
 
 @struct
@@ -26,22 +31,89 @@ class KVCache:
     values: jax.Array
 
 
-class Attention(nnx.Module):
-    """Self-attention with rotary positions and optional QK-norm.
+class SelfAttention(nnx.Module):
+    """What the attention layers share: mixing values, and the way out.
+
+    Args:
+      d_model: D.
+      num_heads: H.
+      value_width: Dv.
+      options: of one of `ATTENTIONS`.
+      rope: how queries and keys turn.
+      window: positions that a query sees, itself included; 0: all before it.
+      softcap: of the scores; 0: none.
+      sinks: whether each head has a learned score without a value.
+      output_bias: whether there is a bias after the output projection.
+      out_std: deviation of the output projection.
+      dtype: of the weights.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        value_width: int,
+        options: config.AttentionConfig,
+        *,
+        rope: Rope,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: bool = False,
+        output_bias: bool = False,
+        out_std: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.options, self.rope = options, rope
+        self.window, self.softcap = window, softcap
+        self.has_sinks, self.has_output_bias = sinks, output_bias
+        out = (num_heads, value_width, d_model)
+        axes = ("heads", None, "embed")
+        self.w_o = module.matrix(rngs, out, axes, std=out_std, dtype=dtype)
+        if output_bias:
+            self.b_o = module.param(rngs, (d_model,), ("embed",), dtype=dtype)
+        if sinks:
+            self.sinks = module.param(rngs, (num_heads,), ("heads",), dtype=dtype)
+
+    def _mix(self, q, k, v, positions, segments, cached: bool) -> jax.Array:
+        """(B, S, H, Dv): over the row, or over a cache of one document a row."""
+        sinks = self.sinks[...] if self.has_sinks else None
+        scoring = Scoring(window=self.window, softcap=self.softcap, sinks=sinks)
+        q = rules.constrain(q, "batch", "sequence", "heads", None)
+        if not cached:
+            return sharded.run(self.options, q, k, v, segments, scoring)
+        # A cache holds one document per row, from position 0 on.
+        places = jnp.arange(k.shape[1], dtype=jnp.int32)
+        mask = in_reach(positions[:, :, None], places, self.window)
+        return scores.masked(q, k, v, mask, scoring)
+
+    def _out(self, mixed: jax.Array) -> jax.Array:
+        """(B, S, H, Dv) -> (B, S, D)."""
+        axes = ("batch", "sequence", "heads", None)
+        (out,) = linear.products(mixed, axes, (self.w_o,), contracted=2)
+        if self.has_output_bias:
+            out = out + self.b_o[...].astype(out.dtype)
+        return out
+
+
+class Attention(SelfAttention):
+    """Self-attention with rotary positions, grouped queries and optional QK-norm.
 
     Args:
       d_model: D.
       num_heads: H.
       num_kv_heads: Hkv, divides H.
-      head_dim: Dh, even.
+      head_dim: Dh.
       options: of one of `ATTENTIONS`.
-      qk_norm: RMS-normalise queries and keys per head (Henry et al. 2020).
-      rope_theta: base of the rotary wavelengths.
+      qk_norm: of `QK_NORMS`: "head" RMS-normalises queries and keys per head (Henry et
+        al. 2020), "projection" over all heads at once (OLMoE).
+      bias: whether queries, keys and values have biases.
+      clip: queries, keys and values are cut to [-clip, clip] after their norm (OLMoE);
+        0: they are not.
       norm_eps: of the QK-norm.
       std: deviation of the initial weights.
-      out_std: of the output projection.
-      dtype: of the weights.
-      rngs: source of the initial weights.
+      rest: of `SelfAttention`.
     """
 
     def __init__(
@@ -52,33 +124,57 @@ class Attention(nnx.Module):
         head_dim: int,
         options: config.AttentionConfig,
         *,
-        qk_norm: bool,
-        rope_theta: float,
+        qk_norm: str = "none",
+        bias: bool = False,
+        clip: float = 0.0,
         norm_eps: float,
         std: float,
-        out_std: float,
         dtype: str,
         rngs: nnx.Rngs,
+        **rest,
     ):
-        self.options = options
-        self.rope_theta = rope_theta
-        self.qk_norm = qk_norm
+        self.qk_norm, self.has_bias, self.clip = qk_norm, bias, clip
+        self.head_dim, self.num_kv_heads = head_dim, num_kv_heads
         heads = ("embed", "heads", None)
         queries = (d_model, num_heads, head_dim)
         shared = (d_model, num_kv_heads, head_dim)
-        self.w_q = module.matrix(rngs, queries, heads, std=std, dtype=dtype)
-        self.w_k = module.matrix(rngs, shared, heads, std=std, dtype=dtype)
-        self.w_v = module.matrix(rngs, shared, heads, std=std, dtype=dtype)
-        self.w_o = module.matrix(
-            rngs,
-            (num_heads, head_dim, d_model),
-            ("heads", None, "embed"),
-            std=out_std,
-            dtype=dtype,
+        for name, shape in (("q", queries), ("k", shared), ("v", shared)):
+            weight = module.matrix(rngs, shape, heads, std=std, dtype=dtype)
+            setattr(self, f"w_{name}", weight)
+            if bias:
+                weight = module.param(rngs, shape[1:], heads[1:], dtype=dtype)
+                setattr(self, f"b_{name}", weight)
+        super().__init__(
+            d_model, num_heads, head_dim, options, dtype=dtype, rngs=rngs, **rest
         )
-        if qk_norm:
-            make = lambda: norms.RMSNorm(head_dim, eps=norm_eps, dtype=dtype, rngs=rngs)
-            self.q_norm, self.k_norm = make(), make()
+        if qk_norm == "none":
+            return
+        for name, shape in (("q", queries), ("k", shared)):
+            over = dict(width=head_dim)
+            if qk_norm == "projection":
+                over = dict(width=shape[1:], axes=heads[1:])
+            norm = norms.RMSNorm(**over, eps=norm_eps, dtype=dtype, rngs=rngs)
+            setattr(self, f"{name}_norm", norm)
+
+    def init_cache(self, batch: int, length: int, dtype: str) -> KVCache:
+        """An empty cache for `batch` texts of at most `length` tokens."""
+        shape = (batch, length, self.num_kv_heads, self.head_dim)
+        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+    def _project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries (B, S, H, Dh), keys and values (B, S, Hkv, Dh), not yet turned."""
+        made = linear.products(x, _TEXT, (self.w_q, self.w_k, self.w_v))
+        made = [checkpoint_name(a, PROJECTED) for a in made]
+        if self.has_bias:
+            biases = (self.b_q, self.b_k, self.b_v)
+            made = [
+                a + b[...].astype(a.dtype) for a, b in zip(made, biases, strict=True)
+            ]
+        if self.qk_norm != "none":
+            made[:2] = self.q_norm(made[0]), self.k_norm(made[1])
+        if self.clip:
+            made = [jnp.clip(a, -self.clip, self.clip) for a in made]
+        return made
 
     def __call__(
         self,
@@ -100,24 +196,15 @@ class Attention(nnx.Module):
         Returns:
           (B, S, D), and the cache with the new keys and values.
         """
-        weights = (self.w_q, self.w_k, self.w_v)
-        made = linear.products(x, ("batch", "sequence", None), weights)
-        q, k, v = (checkpoint_name(a, PROJECTED) for a in made)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._project(x)
+        length = x.shape[1] if cache is None else cache.keys.shape[1]
         # Scaled before it is rounded: a kernel takes only what is scaled.
-        q = rope.rotate(q, positions, self.rope_theta, scale=q.shape[-1] ** -0.5)
-        k = rope.rotate(k, positions, self.rope_theta)
-        q = rules.constrain(q, "batch", "sequence", "heads", None)
-        if cache is None:
-            mixed = sharded.run(self.options, q, k, v, segments)
-        else:
+        scale = q.shape[-1] ** -0.5
+        q = rotate(q, positions, self.rope, length=length, scale=scale)
+        k = rotate(k, positions, self.rope, length=length)
+        if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
             cache = KVCache(keys=k, values=v)
-            # A cache holds one document per row, from position 0 on.
-            places = jnp.arange(k.shape[1], dtype=jnp.int32)
-            mixed = scores.masked(q, k, v, positions[:, :, None] >= places)
-        axes = ("batch", "sequence", "heads", None)
-        (out,) = linear.products(mixed, axes, (self.w_o,), contracted=2)
-        return out, cache
+        mixed = self._mix(q, k, v, positions, segments, cache is not None)
+        return self._out(mixed), cache

@@ -7,7 +7,7 @@ import jax
 
 from moe_jax import config
 from moe_jax.nn.attention import ATTENTIONS
-from moe_jax.nn.attention.common import Segments
+from moe_jax.nn.attention.common import PLAIN, Scoring, Segments
 from moe_jax.parallel import rules
 
 _HEADS = ("batch", "sequence", "heads", None)
@@ -20,6 +20,7 @@ def run(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Attends within rows.
 
@@ -31,34 +32,35 @@ def run(
       options: of one of `ATTENTIONS`.
       q: (B, S, H, Dh), scaled.
       k: (B, S, Hkv, Dh).
-      v: (B, S, Hkv, Dh).
+      v: (B, S, Hkv, Dv).
       segments: (B, S) int32, document of each position.
+      scoring: window, cap and sinks.
 
     Returns:
-      (B, S, H, Dh) in the type of q.
+      (B, S, H, Dv) in the type of q.
     """
     attend = ATTENTIONS[type(options)]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         both = Segments(queries=segments, keys=segments)
-        return attend(options, q, k, v, both)
+        return attend(options, q, k, v, both, scoring)
     split = rules.size(mesh, "sequence") > 1
     names = rules.mesh_axes("sequence")
 
     def whole(x):
         return jax.lax.all_gather(x, names, axis=1, tiled=True) if split else x
 
-    def local(q, k, v, segments):
+    def local(q, k, v, segments, scoring):
         first = jax.lax.axis_index(names) * q.shape[1] if split else 0
         of = Segments(queries=segments, keys=whole(segments), first=first)
-        return attend(options, q, whole(k), whole(v), of)
+        return attend(options, q, whole(k), whole(v), of, scoring)
 
     heads, places = rules.spec(_HEADS), rules.spec(_PLACES)
     return jax.shard_map(
         local,
-        in_specs=(heads, heads, heads, places),
+        in_specs=(heads, heads, heads, places, rules.spec(_HEADS[2:3])),
         out_specs=heads,
-        # Kernels do not say over which axes their results differ. Nothing that has a
-        # derivative is replicated here, so there is nothing to check.
+        # Kernels do not say over which axes their results differ. Of what has a
+        # derivative only sinks are replicated, and theirs is summed all the same.
         check_vma=False,
-    )(q, k, v, segments)
+    )(q, k, v, segments, scoring)

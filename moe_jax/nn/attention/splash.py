@@ -1,8 +1,9 @@
 """Attention by the Pallas kernel for TPUs that comes with JAX ("splash attention").
 
-It visits the blocks of scores that causality leaves and keeps them on the chip; its
-derivative keeps the output and the log-sum-exp. The kernel takes heads of any width
-(below 128 they are filled up in the chip's registers) and rows of whole lanes.
+It visits the blocks of scores that causality and a window leave and keeps them on the
+chip; its derivative keeps the output and the log-sum-exp. The kernel takes heads of any
+width (below 128 they are filled up in the chip's registers), values of another width
+than keys, caps, sinks, and rows of whole lanes.
 """
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from moe_jax import config
 from moe_jax.nn.attention import blocked
-from moe_jax.nn.attention.common import ATTENDED, Segments
+from moe_jax.nn.attention.common import ATTENDED, PLAIN, Call, Scoring, Segments
 from moe_jax.parallel.mesh import platform
 
 LANES = 128
@@ -44,7 +45,7 @@ class Splash(config.AttentionConfig):
             if size < LANES or size % LANES:
                 yield f"{path}.{name}={size}: must be a multiple of {LANES}"
         length, context = root.data.sequence_length, max(1, root.mesh.context)
-        if not fits(length // context):
+        if length // context % LANES:
             yield (
                 f"{path}=Splash takes multiples of {LANES} positions on a shard, but "
                 f"config.data.sequence_length={length} over config.mesh.context="
@@ -53,9 +54,11 @@ class Splash(config.AttentionConfig):
             )
 
 
-def fits(length: int) -> bool:
-    """Whether the kernel takes a shard of this many positions."""
-    return length > 0 and length % LANES == 0
+def misfit(call: Call) -> str:
+    """Why the kernel does not take a call; "" where it does."""
+    if call.queries % LANES or not call.queries:
+        return f"{call.queries} positions on a shard are no multiple of {LANES}"
+    return ""
 
 
 def block_size(most: int, length: int) -> int:
@@ -70,23 +73,28 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
+    scoring: Scoring = PLAIN,
     interpret: bool = False,
 ) -> jax.Array:
     """See `ATTENTIONS`; `interpret` runs the kernel's code on any platform."""
     if platform() != "tpu" and not interpret:
-        return blocked.attend(blocked.Blocked(), q, k, v, segments)
-    kernel = _kernel(options, q.shape[1], k.shape[1], interpret)
+        return blocked.attend(blocked.Blocked(), q, k, v, segments, scoring)
+    kernel = _kernel(options, q.shape[1], k.shape[1], scoring, interpret)
     kernel = _of_shard(kernel, segments.first // q.shape[1], k.shape[1] // q.shape[1])
 
+    # The kernel gives their gradient in the type of the queries.
+    sinks = None if scoring.sinks is None else scoring.sinks.astype(q.dtype)
+
     def one(q, k, v, queries, keys):
-        return kernel(q, k, v, segment_ids=kernels.SegmentIds(q=queries, kv=keys))
+        documents = kernels.SegmentIds(q=queries, kv=keys)
+        return kernel(q, k, v, segment_ids=documents, sinks=sinks)
 
     heads_first = lambda x: x.swapaxes(1, 2)
     given = map(heads_first, (q, k, v))
     return heads_first(jax.vmap(one)(*given, segments.queries, segments.keys))
 
 
-def _kernel(options: Splash, queries: int, keys: int, interpret: bool):
+def _kernel(options: Splash, queries: int, keys: int, scoring: Scoring, interpret):
     """The kernel for a row of `keys` positions, cut into shards of `queries`."""
     block_q, block_kv = (
         block_size(options.block_q, queries),
@@ -103,11 +111,14 @@ def _kernel(options: Splash, queries: int, keys: int, interpret: bool):
         use_fused_bwd_kernel=options.fused_backward,
         **apart,
     )
+    mask = masks.CausalMask((keys, keys))
+    if scoring.window:
+        mask = masks.LocalMask((keys, keys), (scoring.window - 1, 0), 0)
     # One mask serves all heads.
-    mask = masks.MultiHeadMask([masks.CausalMask((keys, keys))])
     return kernels.make_splash_mha(
-        mask,
+        masks.MultiHeadMask([mask]),
         block_sizes=sizes,
+        attn_logits_soft_cap=scoring.softcap or None,
         head_shards=1,
         q_seq_shards=keys // queries,
         residual_checkpoint_name=ATTENDED,

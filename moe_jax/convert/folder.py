@@ -1,4 +1,4 @@
-"""A folder of a Hugging Face model: its config, its tensors, and what lies beside them."""
+"""A folder of a Hugging Face model: config, tensors, and what lies beside them."""
 
 import json
 import os

@@ -90,8 +90,8 @@ def _parts(family: Family, model: DecoderModel) -> Iterator[_Part]:
     yield _Part(family.outer, "", "")
     for i, segment in enumerate(model.segments):
         for repeat in range(segment.repeats):
-            for j in range(len(segment.moe)):
-                layer = segment.first_layer + repeat * len(segment.moe) + j
+            for j in range(len(segment.blocks)):
+                layer = segment.first_layer + repeat * len(segment.blocks) + j
                 yield _Part(
                     family.block,
                     f"model.layers.{layer}.",

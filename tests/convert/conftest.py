@@ -9,7 +9,6 @@ from moe_jax.config import MeshConfig
 from moe_jax.convert import from_hf, to_hf
 from moe_jax.train import workdir
 
-EXPERT_4 = MeshConfig(data=2, expert=4)
 REPLICATED = MeshConfig(data=8)
 
 

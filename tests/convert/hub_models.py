@@ -21,7 +21,10 @@ _SIZES = dict(
     pad_token_id=None,
 )
 _YARN = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    original_max_position_embeddings=32,
 )
 _LATENT = dict(
     num_key_value_heads=4,
@@ -98,7 +101,7 @@ CONFIGS = {
     "deepseek_v3": dict(
         _LATENT,
         num_hidden_layers=3,
-        q_lora_rank=20,
+        q_lora_rank=24,
         n_shared_experts=1,
         num_experts_per_tok=3,
         n_group=4,

@@ -5,6 +5,7 @@ A family is an entry of `hub_models.CONFIGS`.
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import torch
 import transformers
 
 import hub_models
-from conftest import EXPERT_4
+from moe_jax.config import MeshConfig
+
 from moe_jax.convert import from_hf, load, mapping, tensor_file
 from moe_jax.infer import generate
 from moe_jax.infer import load as run_loader
@@ -25,9 +27,9 @@ from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import EVAL
-from moe_jax.objectives import next_token
-from moe_jax.train import workdir
+from moe_jax.train import setup, workdir
 
+MESH = MeshConfig(data=1, fsdp=2, expert=4)
 LENGTH, FULL, NEW = 64, (64, 41), 32
 WITH_LOSS = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "phimoe"}
 
@@ -40,10 +42,33 @@ class Pair:
     theirs: Any
     folder: str
     workdir: str
-    model: DecoderModel
+    config: Any
     params: Any
     router_state: Any
-    config: Any
+
+    @functools.cached_property
+    def compute(self):
+        """Parameters to logits and aux, and the gradient of the mean loss."""
+        model = DecoderModel(self.config.model)
+
+        def run(params):
+            hidden, _, aux = model.apply(
+                params, self.router_state, inputs(), key=None, mode=EVAL
+            )
+            logits = model.logits(params, hidden)
+            targets, weights = predicted()
+            chosen = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), targets[..., None], axis=-1
+            )[..., 0]
+            return -jnp.sum(chosen * weights) / jnp.sum(weights), (logits, aux)
+
+        return jax.jit(jax.value_and_grad(run, has_aux=True))
+
+    @functools.cached_property
+    def computed(self):
+        """Logits, aux, gradients."""
+        (_, (logits, aux)), gradients = self.compute(self.params)
+        return logits, aux, gradients
 
 
 @pytest.fixture(scope="module", params=list(hub_models.CONFIGS))
@@ -53,7 +78,7 @@ def pair(request, tmp_path_factory, bring_in):
     theirs = hub_models.make(name)
     theirs.save_pretrained(root / "hub")
     run = root / "run"
-    bring_in(root / "hub", run, mesh=EXPERT_4)
+    bring_in(root / "hub", run, mesh=MESH)
     config = workdir.read_config(str(run))
     config.model.remat = "none"
     found = run_loader.load(str(run), config)
@@ -65,10 +90,9 @@ def pair(request, tmp_path_factory, bring_in):
         theirs=theirs,
         folder=str(root / "hub"),
         workdir=str(run),
-        model=DecoderModel(config.model),
+        config=config,
         params=params,
         router_state=router_state,
-        config=config,
     )
 
 
@@ -87,6 +111,13 @@ def inputs():
     )
 
 
+def predicted():
+    """Next tokens (2, 64) and their weights."""
+    tokens, held = texts()
+    weights = held & np.roll(held, -1, axis=1) & (np.arange(LENGTH) < LENGTH - 1)
+    return jnp.asarray(np.roll(tokens, -1, axis=1)), jnp.asarray(weights, jnp.float32)
+
+
 def their_outputs(model, **options):
     tokens, held = texts()
     with torch.no_grad():
@@ -95,16 +126,6 @@ def their_outputs(model, **options):
             attention_mask=torch.tensor(held, dtype=torch.long),
             **options,
         )
-
-
-def our_logits(pair, params):
-    def run(params):
-        hidden, _, aux = pair.model.apply(
-            params, pair.router_state, inputs(), key=None, mode=EVAL
-        )
-        return pair.model.logits(params, hidden), aux
-
-    return jax.jit(run)(params)
 
 
 def distance(ours, theirs):
@@ -116,7 +137,7 @@ def distance(ours, theirs):
 def test_logits_and_balance_loss(pair, record_property):
     options = {"output_router_logits": True} if pair.name in WITH_LOSS else {}
     theirs = their_outputs(pair.theirs, **options)
-    logits, aux = our_logits(pair, pair.params)
+    logits, aux, _ = pair.computed
     held = texts()[1]
     found = distance(np.asarray(logits)[held], theirs.logits.numpy()[held])
     record_property("logits", found)
@@ -135,8 +156,8 @@ def test_experts_matter(pair):
         lambda path, leaf: leaf * ("experts" not in jax.tree_util.keystr(path)),
         pair.params,
     )
-    logits, _ = our_logits(pair, pair.params)
-    assert distance(our_logits(pair, without)[0], logits) > 0.1
+    (_, (logits, _)), _ = pair.compute(without)
+    assert distance(logits, pair.computed[0]) > 0.1
 
 
 def test_greedy_text_is_the_same(pair):
@@ -151,7 +172,7 @@ def test_greedy_text_is_the_same(pair):
         pad_token_id=0,
     )
     ours = generate.generate(
-        pair.model,
+        DecoderModel(pair.config.model),
         pair.params,
         pair.router_state,
         prompt.tolist(),
@@ -188,31 +209,12 @@ def their_gradients(pair, folder):
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
         mapping.leaves_of(pair.params, pair.router_state),
     )
-    wanted = mapping.places(source.family, pair.model, leaves)
+    wanted = mapping.places(source.family, DecoderModel(pair.config.model), leaves)
     return load.arrays(wanted, source.tensors, leaves)["params"]
 
 
 def test_gradients(pair, tmp_path, record_property):
-    tokens, held = texts()
-    given = inputs()
-    batch = {
-        "tokens": given.tokens,
-        "targets": jnp.asarray(np.roll(tokens, -1, axis=1), jnp.int32),
-        "positions": given.positions,
-        "segments": given.segments,
-        "weights": jnp.asarray(held & np.roll(held, -1, axis=1), jnp.float32)
-        .at[:, -1]
-        .set(0),
-    }
-
-    def mean_loss(params):
-        found = next_token.loss(
-            next_token.NextToken(), pair.model, params, pair.router_state, batch,
-            key=None, mode=EVAL,
-        )  # fmt: skip
-        return found.sum / found.weight
-
-    ours = jax.jit(jax.grad(mean_loss))(pair.params)
+    ours = pair.computed[2]
     theirs = their_gradients(pair, tmp_path)
     worst = {}
     flat = jax.tree_util.tree_flatten_with_path(theirs)[0]
@@ -241,10 +243,18 @@ def test_round_trip_has_the_same_bytes(pair, tmp_path, bring_out):
     np.testing.assert_array_equal(same(back.eval()), same(pair.theirs))
 
 
-def test_another_mesh_holds_the_same(pair, tmp_path, bring_in):
-    bring_in(pair.folder, tmp_path / "run")
-    config = workdir.read_config(str(tmp_path / "run"))
-    found = run_loader.load(str(tmp_path / "run"), config).state
-    there = (found.eval_params, found.router_state)
-    here = (pair.params, pair.router_state)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), here)
+def test_another_mesh_holds_the_same(pair):
+    config = copy.deepcopy(pair.config)
+    config.mesh = MeshConfig(data=8)
+    parts = setup.make_parts(config)
+    source = from_hf.read(pair.folder)
+    abstract = parts.abstract
+    leaves = mapping.leaves_of(abstract.all_params, abstract.router_state)
+    wanted = mapping.places(source.family, parts.model, leaves)
+    found = load.arrays(wanted, source.tensors, leaves)
+    here = mapping.leaves_of(pair.params, pair.router_state)
+    there = mapping.leaves_of(found["params"], found.get("router_state", {}))
+    assert here.keys() == there.keys()
+    for name, leaf in here.items():
+        assert there[name].sharding == leaves[name].sharding
+        np.testing.assert_array_equal(there[name], leaf, err_msg=name)

@@ -2,13 +2,13 @@
 
 Example:
   moe-jax convert from-hf --checkpoint=models/olmoe --workdir=runs/olmoe
-  moe-jax convert from-hf --checkpoint=models/olmoe --workdir=runs/tuned --config=tune.py
-  moe-jax train --workdir=runs/tuned
+  moe-jax convert from-hf --checkpoint=models/olmoe --workdir=runs/new --config=tune.py
+  moe-jax train --workdir=runs/new
 
-The checkpoint is a folder with config.json and safetensors files. What the model is comes
-from there; data, optimizer, schedule and mesh come from --config, and of its model only
-how it runs: attention, types, remat, dispatch, balance, noise, mtp. Nothing is written
-where a tensor is missing, left over, misshapen or not finite.
+The checkpoint is a folder with config.json and safetensors files. What the model is
+comes from there; data, optimizer, schedule and mesh come from --config, and of its
+model only how it runs: attention, types, remat, dispatch, balance, noise, mtp. Nothing
+is written where a tensor is missing, left over, misshapen or not finite.
 """
 
 from absl import flags

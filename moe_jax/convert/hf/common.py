@@ -217,20 +217,16 @@ def layer_pattern(fields: Fields, types: list[str], window: int) -> dict[str, in
 
 def layer_types(options: Decoder) -> list[str]:
     """The reverse of `layer_pattern`."""
-    every = options.full_attention_every
-    full = lambda i: not options.window or (every and (i + 1) % every == 0)
-    return [
-        "full_attention" if full(i) else "sliding_attention"
-        for i in range(options.num_layers)
-    ]
+    windows = options.windows()
+    return ["sliding_attention" if window else "full_attention" for window in windows]
 
 
 def moe_layers(options: Decoder) -> list[bool]:
     """Whether each block is MoE."""
     return [
-        is_moe
+        kind.moe
         for segment in segments_of(options)
-        for is_moe in segment.moe * segment.repeats
+        for kind in segment.blocks * segment.repeats
     ]
 
 

@@ -79,8 +79,8 @@ def places(
     left = leaves.keys() - {place.leaf for place in found}
     if left:
         raise UserError(
-            f"models of the family {family.model_type} have nothing that corresponds to "
-            f"{sorted(left)[0]}"
+            f"models of the family {family.model_type} have nothing that corresponds "
+            f"to {sorted(left)[0]}"
             + (f" and {len(left) - 1} more leaves" if len(left) > 1 else "")
         )
     return found
@@ -188,8 +188,8 @@ def _left_out(
     if further:
         layers = sorted({_layer(name) for name in further})
         lines.append(
-            f"left out: {len(further)} tensors of layers {layers}, which predict further "
-            "tokens; a --config with model.mtp takes them"
+            f"left out: {len(further)} tensors of layers {layers}, which predict "
+            "further tokens; a --config with model.mtp takes them"
         )
     copies = {
         name
@@ -220,6 +220,6 @@ def _check_tied(tensors: Mapping[str, Tensor]) -> None:
         same = all((a == b).all() for a, b in pairs)
     if not same:
         raise UserError(
-            f"{output.path}: lm_head.weight differs from model.embed_tokens.weight, but "
-            "config.json says tie_word_embeddings"
+            f"{output.path}: lm_head.weight differs from model.embed_tokens.weight, "
+            "but config.json says tie_word_embeddings"
         )

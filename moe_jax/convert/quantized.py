@@ -2,9 +2,9 @@
 
 - FP8 (DeepSeek-V3): `x` in e4m3, `x_scale_inv` in float32, one scale for each block of
   128 x 128 entries, which it multiplies.
-- MXFP4 (GPT-OSS; OCP Microscaling Formats 1.0): `x_blocks` holds pairs of e2m1 numbers in
-  bytes, the first in the low half, `x_scales` the exponent (less 127) of a power of two
-  for each 32 of them. What is stored is (E, out, in), what `x` stands for (E, in, out).
+- MXFP4 (GPT-OSS; OCP Microscaling Formats 1.0): `x_blocks` holds pairs of e2m1 numbers
+  in bytes, the first in the low half, `x_scales` the exponent (less 127) of a power of
+  two for each 32 of them. Stored is (E, out, in), what `x` stands for is (E, in, out).
 """
 
 import dataclasses

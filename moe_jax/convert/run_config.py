@@ -54,8 +54,8 @@ def _check_bias(needed: float, given: float) -> None:
     where = f"--config.model.feed_forward.balance.bias_rate={given}"
     if needed and not given:
         raise UserError(
-            f"{where}: the checkpoint has correction biases, which a run without a rate "
-            f"does not keep; set it to {needed}, or to 1e-9 for them to stay"
+            f"{where}: the checkpoint has correction biases, which a run without a "
+            f"rate does not keep; set it to {needed}, or to 1e-9 for them to stay"
         )
     if given and not needed:
         raise UserError(

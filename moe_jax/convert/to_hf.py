@@ -20,6 +20,8 @@ from moe_jax.infer import load
 from moe_jax.models.decoder_config import Decoder
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.layer import MoE
+from moe_jax.moe.selectors.group_limited import GroupLimited
+from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.parallel import distributed
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -139,12 +141,24 @@ def _what_it_is(model: Decoder) -> Decoder:
         biased = moe.balance.bias_rate > 0
         form = moe.balance.bias_form if biased else "additive"
         moe.balance = Balance(bias_rate=float(biased), bias_form=form)
+        moe.selector = _canonical(moe.selector, biased)
         moe.dispatch, moe.noise = MoE().dispatch, None
         moe.expert_axes, moe.allow_noncausal = MoE().expert_axes, False
         for name in ("init_std", "dtype"):
             if hasattr(moe.scorer, name):
                 setattr(moe.scorer, name, getattr(type(moe.scorer)(), name))
     return model
+
+
+def _canonical(selector: Any, biased: bool) -> Any:
+    """One of several selectors that choose and weigh alike."""
+    if isinstance(selector, GroupLimited) and selector.num_groups == 1:
+        names = ("top_k", "score", "renormalize", "scale")
+        selector = TopK(**{name: getattr(selector, name) for name in names})
+    if isinstance(selector, TopK) and selector.softmax == "after" and not biased:
+        # A softmax over the chosen ones is one over all, renormalised.
+        selector.softmax, selector.renormalize = "before", True
+    return selector
 
 
 def _types(

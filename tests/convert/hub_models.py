@@ -150,6 +150,8 @@ def make(model_type, seed=0, **changes):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name and name.endswith("weight"):
                 tensor.copy_(0.5 + torch.rand_like(tensor))
-            elif tensor.ndim == 1 and "inv_freq" not in name or "proj_bias" in name:
+            elif "inv_freq" in name:
+                continue
+            elif tensor.ndim == 1 or name.endswith("proj_bias"):
                 tensor.copy_(0.3 * torch.randn_like(tensor))
     return model.eval()

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
+import hub_models
 import torch
 import transformers
 
-import hub_models
 from moe_jax.config import MeshConfig
-
 from moe_jax.convert import from_hf, load, mapping, tensor_file
 from moe_jax.infer import generate
 from moe_jax.infer import load as run_loader

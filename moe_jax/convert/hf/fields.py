@@ -77,9 +77,7 @@ class Fields:
         value = self.get(name, allowed[0] if default is _REQUIRED else default)
         if value not in allowed:
             shown = " or ".join(map(repr, allowed))
-            raise UserError(
-                f"{self.where}: {name}={value!r} is not supported, {shown} is"
-            )
+            raise self.refuse(name, f"not supported; {shown} is")
         return value
 
     def refuse(self, name: str, why: str) -> UserError:

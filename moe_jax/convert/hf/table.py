@@ -2,9 +2,10 @@
 
 A row names a tensor as it is in the files (behind `model.layers.N.`), the leaf that it
 is in (behind `segment_i/block_j/`), and how their dimensions correspond, as in
-`"(hk)d->dhk"`: the tensor is (H * Dh, D), the leaf (D, H, Dh). A letter is a dimension of
-the leaf, whose sizes are known; brackets join several to one of the tensor. The dimension
-e, of experts, is missing on the left where each expert has a tensor, `{e}` in its name.
+`"(hk)d->dhk"`: the tensor is (H * Dh, D), the leaf (D, H, Dh). A letter is a dimension
+of the leaf, whose sizes are known; brackets join several to one of the tensor. The
+dimension e, of experts, is missing on the left where each expert has a tensor, `{e}` in
+its name.
 
 A table lists all that a family may have. What the model at hand has no leaf for is left
 out.

@@ -30,14 +30,13 @@ def main() -> int:
     from moe_jax.data import pipeline
     from moe_jax.infer import load
     from moe_jax.parallel import distributed
-    from moe_jax.train import loop
     from moe_jax.train.evaluate import Evaluator
 
     data = pipeline.prepare(config)
     loaded = load.load(FLAGS.workdir, config, FLAGS.step, data.content_hash)
     for note in loaded.notes:
         print(note, file=sys.stderr)
-    evaluator = Evaluator(loaded.parts, loop.bytes_per_token(data, "validation"))
+    evaluator = Evaluator(loaded.parts, data.bytes_per_token("validation"))
     figures = evaluator.score(loaded.state, data, FLAGS.max_batches)
     if distributed.is_primary():
         print(json.dumps({"step": int(jax.device_get(loaded.state.step))} | figures))

@@ -3,11 +3,28 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SPLITS = ("train", "validation")
+
+
+class Span(NamedTuple):
+    """A part of a document.
+
+    Attributes:
+      text: of the part.
+      scored: whether its tokens are to be predicted; others are only seen.
+      markup: whether the names of special tokens in it stand for these.
+    """
+
+    text: bytes
+    scored: bool = True
+    markup: bool = False
+
+
+Text = bytes | tuple[Span, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +35,15 @@ class Documents:
       identity: JSON-ready description; sources with equal identities give equal
         documents, so it keys the token files made from them.
       read: for a split's name, a fresh iterator of (path, text) in a fixed order.
+      examples: whether documents are spans, some of them not scored, that belong
+        together: rows hold them whole.
     """
 
     identity: dict[str, Any]
-    read: Callable[[str], Iterable[tuple[str, bytes]]]
+    read: Callable[[str], Iterable[tuple[str, Text]]]
+    examples: bool = False
 
-    def split(self, name: str) -> Iterator[tuple[str, bytes]]:
+    def split(self, name: str) -> Iterator[tuple[str, Text]]:
         """(path, text) of the split's documents that hold any text.
 
         Raises:
@@ -32,7 +52,12 @@ class Documents:
         if name not in SPLITS:
             raise ValueError(f"split {name!r}: must be one of {list(SPLITS)}")
         # Empty documents would only add separators, which nobody wants to predict.
-        return ((path, text) for path, text in self.read(name) if text)
+        return ((path, text) for path, text in self.read(name) if joined(text))
+
+
+def joined(text: Text) -> bytes:
+    """The text of all spans."""
+    return text if isinstance(text, bytes) else b"".join(span.text for span in text)
 
 
 def held_out(names: Iterable[str], fraction: float) -> np.ndarray:

@@ -6,6 +6,9 @@ target counts where it lies in the same document as its input, so that every tok
 a document but its first (the begin of document, where the tokenizer has one) is
 scored exactly once. No attention should cross documents: `segments` says which are
 which and `positions` restarts with each.
+
+Examples, of which only some tokens are scored, are not cut where a row can hold them:
+`whole_rows` says where each row begins then.
 """
 
 import numpy as np
@@ -24,8 +27,30 @@ def num_rows(num_tokens: int, sequence_length: int) -> int:
     return -(-num_tokens // sequence_length)
 
 
+def whole_rows(offsets: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Where rows of whole documents begin, and where the last ends: int64 (rows + 1,).
+
+    Each takes as many documents as fit, in their order. One that is longer than a row
+    begins one, and is cut.
+    """
+    begins = [0]
+    while begins[-1] < offsets[-1]:
+        most = begins[-1] + sequence_length
+        end = int(offsets[np.searchsorted(offsets, most, side="right") - 1])
+        if end <= begins[-1]:
+            after = np.searchsorted(offsets, begins[-1], side="right")
+            end = min(most, int(offsets[after]))
+        begins.append(end)
+    return np.array(begins, np.int64)
+
+
 def make_rows(
-    tokens: np.ndarray, offsets: np.ndarray, numbers: ArrayLike, sequence_length: int
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    numbers: ArrayLike,
+    sequence_length: int,
+    begins: np.ndarray | None = None,
+    scored: np.ndarray | None = None,
 ) -> Rows:
     """The rows of these numbers, in time that does not depend on the split's size.
 
@@ -34,6 +59,8 @@ def make_rows(
       offsets: int64 (documents + 1,), where each begins; the last is N. None is empty.
       numbers: (b,) from 0; past the last row there is only padding.
       sequence_length: S.
+      begins: (rows + 1,), of `whole_rows`; None: every S tokens.
+      scored: bool (N,), whether a token counts as a target; None: all do.
 
     Returns:
       `tokens` int32 (b, S), 0 where padded; `targets` int32 (b, S), 0 where there is
@@ -41,8 +68,7 @@ def make_rows(
       (b, S) within the segment; `segments` int32 (b, S), 1, 2, .. by document, 0 where
       padded.
     """
-    start_b = np.asarray(numbers, np.int64) * sequence_length
-    length_b = np.clip(int(offsets[-1]) - start_b, 0, sequence_length)
+    start_b, length_b = _extents(offsets, numbers, sequence_length, begins)
     out = padding_rows(len(start_b), sequence_length)
     for b, (start, length) in enumerate(
         zip(start_b.tolist(), length_b.tolist(), strict=True)
@@ -51,6 +77,8 @@ def make_rows(
         out["tokens"][b, :length] = tokens[start : start + length]
         out["targets"][b, : len(following)] = following
         out["weights"][b, :length] = 1
+        if scored is not None:
+            out["weights"][b, : len(following)] = scored[start + 1 : start + length + 1]
     row_d, begin_d = _begins(offsets, start_b, length_b)
     out["weights"][row_d, begin_d - 1] = 0  # an input that ends its document
     inside_d = begin_d < length_b[row_d]
@@ -66,6 +94,16 @@ def make_rows(
     for b in np.flatnonzero(length_b < sequence_length):
         segments[b, length_b[b] :] = out["positions"][b, length_b[b] :] = 0
     return out
+
+
+def _extents(offsets, numbers, sequence_length, begins):
+    """Where rows begin, and how many tokens each holds, (b,) each."""
+    numbers = np.asarray(numbers, np.int64)
+    if begins is None:
+        start_b = numbers * sequence_length
+        return start_b, np.clip(int(offsets[-1]) - start_b, 0, sequence_length)
+    edges = begins[np.minimum([numbers, numbers + 1], len(begins) - 1)]
+    return edges[0], edges[1] - edges[0]
 
 
 def _begins(

@@ -62,8 +62,13 @@ class TextData:
         self.sequence_length = sequence_length
         self._source = source
         self._files = files
+        self._begins = {
+            split: packing.whole_rows(file.offsets, sequence_length)
+            for split, file in files.items()
+            if file.scored is not None
+        }
         num_tokens = self.tokens_in("train")
-        if num_tokens < sequence_length:
+        if not self.num_rows("train"):
             raise UserError(
                 f"data.sequence_length={sequence_length}: the training text has "
                 f"{num_tokens} tokens, less than one row; set it to at most "
@@ -71,12 +76,18 @@ class TextData:
             )
 
     def num_rows(self, split: str) -> int:
-        """Rows of the split; the last, partial one counts for validation only."""
+        """Rows of the split.
+
+        Of a text that is cut every S tokens the last, partial one counts for
+        validation only.
+        """
+        if split in self._begins:
+            return len(self._begins[split]) - 1
         count = packing.num_full_rows if split == "train" else packing.num_rows
         return count(self.tokens_in(split), self.sequence_length)
 
     def bytes_in(self, split: str) -> int:
-        """Bytes of text in the split, before tokenising."""
+        """Bytes of text that is scored in the split, before tokenising."""
         return self.manifest["splits"][split]["bytes"]
 
     def tokens_in(self, split: str) -> int:
@@ -85,7 +96,18 @@ class TextData:
 
     def documents(self, split: str) -> Iterator[bytes]:
         """The text of the split, read from the source again."""
-        return (text for _, text in self._source.split(split))
+        return (documents.joined(text) for _, text in self._source.split(split))
+
+    def bytes_per_token(self, split: str) -> float:
+        """Of what is scored, with begins and ends of documents; 1 without text."""
+        entry = self.manifest["splits"][split]
+        tokens = entry.get("scored", entry["tokens"])
+        return entry["bytes"] / tokens if tokens else 1.0
+
+    @property
+    def all_scored(self) -> bool:
+        """Whether every token but the first of a document is to be predicted."""
+        return not self._source.examples
 
     def row(self, split: str, number: int) -> Batch:
         """Row `number` of the split, arrays (S,); past the last it is padding."""
@@ -95,7 +117,12 @@ class TextData:
         """The same of several rows, arrays (b, S)."""
         files = self._files[split]
         return packing.make_rows(
-            files.tokens, files.offsets, numbers, self.sequence_length
+            files.tokens,
+            files.offsets,
+            numbers,
+            self.sequence_length,
+            self._begins.get(split),
+            files.scored,
         )
 
     def train_batches(
@@ -171,7 +198,6 @@ class TextData:
 def _content_hash(manifest: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for split in documents.SPLITS:
-        for kind in ("tokens", "offsets"):
-            entry = manifest["splits"][split]["files"][kind]
+        for entry in manifest["splits"][split]["files"].values():
             digest.update(bytes.fromhex(entry["sha256"]))
     return digest.hexdigest()

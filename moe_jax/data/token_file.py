@@ -41,10 +41,12 @@ class TokenFile:
     Attributes:
       tokens: the joined documents (N,), uint16 or uint32.
       offsets: int64 (documents + 1,), where each begins; the last is N.
+      scored: bool (N,), whether a token is to be predicted; None: all are.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    scored: np.ndarray | None = None
 
 
 def open_or_build(
@@ -115,9 +117,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TokenFile]]:
 
 
 def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
-    files = {
-        kind: _checked(path, split["files"][kind]) for kind in ("tokens", "offsets")
-    }
+    files = {kind: _checked(path, entry) for kind, entry in split["files"].items()}
     if dtype not in ("uint16", "uint32"):
         raise DamagedError(f"dtype {dtype!r}")
     tokens = np.zeros(0, dtype)
@@ -128,7 +128,14 @@ def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
         raise DamagedError(f"{files['offsets'].name} has another shape")
     if not offsets[-1] == len(tokens) == split["tokens"]:
         raise DamagedError(f"{files['tokens'].name} has another number of tokens")
-    return TokenFile(tokens, offsets)
+    if "scored" not in files:
+        return TokenFile(tokens, offsets)
+    scored = np.zeros(0, bool)
+    if split["tokens"]:
+        scored = np.memmap(files["scored"], bool, mode="r")
+    if len(scored) != len(tokens):
+        raise DamagedError(f"{files['scored'].name} has another number of tokens")
+    return TokenFile(tokens, offsets, scored)
 
 
 def _checked(path: Path, entry: dict[str, Any]) -> Path:
@@ -168,7 +175,7 @@ def _write(folder: Path, key, source, data, tokenizer) -> None:
         chunks = _chunks(_pieces(source.split(name)))
         parts = workers.tokenize_all(data.tokenizer, tokenizer, chunks, data.workers)
         with contextlib.closing(parts):
-            splits[name] = _write_split(folder, name, dtype, parts)
+            splits[name] = _write_split(folder, name, dtype, parts, source.examples)
         if name == "train" and not splits[name]["tokens"]:
             raise UserError(
                 f"data.source={data.source}: there is no text to train on; every "
@@ -190,21 +197,26 @@ def _write(folder: Path, key, source, data, tokenizer) -> None:
 
 
 def _write_split(
-    folder: Path, name: str, dtype: np.dtype, parts: Iterable[workers.Tokens]
+    folder: Path,
+    name: str,
+    dtype: np.dtype,
+    parts: Iterable[workers.Tokens],
+    examples: bool,
 ) -> dict[str, Any]:
     """Writes one split and returns its entry of the manifest."""
     lengths = _DocumentLengths()
-    num_bytes = 0
-    digest = hashlib.sha256()
-    tokens_path = folder / f"{name}.tokens"
-    with tokens_path.open("wb") as file:
+    num_bytes = num_scored = 0
+    with contextlib.ExitStack() as stack:
+        tokens_file = stack.enter_context(_Hashed(folder / f"{name}.tokens"))
+        if examples:
+            scored_file = stack.enter_context(_Hashed(folder / f"{name}.scored"))
         for part in parts:
-            content = np.ascontiguousarray(part.tokens, dtype).tobytes()
-            digest.update(content)
-            file.write(content)
+            tokens_file.write(np.ascontiguousarray(part.tokens, dtype).tobytes())
+            if examples:
+                scored_file.write(np.repeat(part.scored, part.lengths).tobytes())
+                num_scored += int(part.lengths[part.scored].sum())
             lengths.add(part)
             num_bytes += part.num_bytes
-        _flush(file)
     offsets = lengths.offsets()
     offsets_path = folder / f"{name}.offsets.npy"
     # Through memory: np.save to a file hides the error number of a full disk.
@@ -214,15 +226,45 @@ def _write_split(
         file.write(buffer.getbuffer())
         _flush(file)
     offsets_digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    return {
+    files = {
+        "tokens": tokens_file.entry(),
+        "offsets": _entry(offsets_path, offsets_digest),
+    }
+    split = {
         "documents": len(offsets) - 1,
         "tokens": int(offsets[-1]),
         "bytes": num_bytes,
-        "files": {
-            "tokens": _entry(tokens_path, digest.hexdigest()),
-            "offsets": _entry(offsets_path, offsets_digest),
-        },
+        "files": files,
     }
+    if examples:
+        files["scored"] = scored_file.entry()
+        split["scored"] = num_scored
+    return split
+
+
+class _Hashed:
+    """A file that is written once, and hashed as it is."""
+
+    def __init__(self, path: Path):
+        self._path, self._digest = path, hashlib.sha256()
+
+    def __enter__(self) -> "_Hashed":
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        try:
+            if kind is None:
+                _flush(self._file)
+        finally:
+            self._file.close()
+
+    def write(self, content: bytes) -> None:
+        self._digest.update(content)
+        self._file.write(content)
+
+    def entry(self) -> dict[str, Any]:
+        return _entry(self._path, self._digest.hexdigest())
 
 
 class _DocumentLengths:
@@ -247,9 +289,12 @@ class _DocumentLengths:
         return np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))
 
 
-def _pieces(found: Iterable[tuple[str, bytes]]) -> Iterator[workers.Piece]:
+def _pieces(found: Iterable[tuple[str, documents.Text]]) -> Iterator[workers.Piece]:
     """Documents, long ones cut at line ends so that memory stays bounded."""
     for name, text in found:
+        if not isinstance(text, bytes):
+            yield from _spans(name, text)
+            continue
         start = 0
         while start < len(text):
             stop = min(start + _PIECE_BYTES, len(text))
@@ -257,6 +302,15 @@ def _pieces(found: Iterable[tuple[str, bytes]]) -> Iterator[workers.Piece]:
                 stop = documents.cut_before(text, stop, start + 1)
             yield workers.Piece(name, text[start:stop], start, stop == len(text))
             start = stop
+
+
+def _spans(name: str, spans: tuple[documents.Span, ...]) -> Iterator[workers.Piece]:
+    held = [span for span in spans if span.text]
+    offset = 0
+    for span in held:
+        ends = span is held[-1]
+        yield workers.Piece(name, span.text, offset, ends, span.scored, span.markup)
+        offset += len(span.text)
 
 
 def _chunks(pieces: Iterable[workers.Piece]) -> Iterator[list[workers.Piece]]:

@@ -54,9 +54,11 @@ class BytesTokenizer:
     def __init__(self, config: Bytes):
         del config
 
-    def encode(self, text: bytes, name: str = "text", offset: int = 0) -> np.ndarray:
+    def encode(
+        self, text: bytes, name: str = "text", offset: int = 0, markup: bool = False
+    ) -> np.ndarray:
         """Ids without begin and end of document, int32 (number of bytes,)."""
-        del name, offset
+        del name, offset, markup
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> bytes:
@@ -102,21 +104,22 @@ class HuggingFaceJsonTokenizer:
         # A file may ask for either, which would cut or lengthen documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Text that spells a special token is text.
-        self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.bos_id = _special(vocabulary, "bos", config.bos)
         self.eos_id = _special(vocabulary, "eos", config.eos)
         self._digest = hashlib.sha256(content).hexdigest()
 
-    def encode(self, text: bytes, name: str = "text", offset: int = 0) -> np.ndarray:
+    def encode(
+        self, text: bytes, name: str = "text", offset: int = 0, markup: bool = False
+    ) -> np.ndarray:
         """Ids without begin and end of document.
 
         Args:
           text: UTF-8.
           name: the document, for the message.
           offset: where `text` begins in the document, for the message.
+          markup: whether the names of special tokens stand for these.
 
         Returns:
           int32 (number of tokens,).
@@ -132,6 +135,7 @@ class HuggingFaceJsonTokenizer:
                 f"(0x{text[error.start]:02x}); convert it, leave it out, or use "
                 "data.tokenizer=Bytes(), which takes any bytes"
             ) from None
+        self._tokenizer.encode_special_tokens = not markup
         encoding = self._tokenizer.encode(decoded, add_special_tokens=False)
         return np.asarray(encoding.ids, np.int32)
 

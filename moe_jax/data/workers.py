@@ -35,6 +35,8 @@ class Piece(NamedTuple):
     text: bytes
     offset: int  # of `text` in the document, in bytes
     ends: bool  # whether the document ends here
+    scored: bool = True  # see `documents.Span`
+    markup: bool = False
 
 
 class Tokens(NamedTuple):
@@ -43,7 +45,8 @@ class Tokens(NamedTuple):
     tokens: np.ndarray
     lengths: np.ndarray
     ends: np.ndarray
-    num_bytes: int
+    scored: np.ndarray
+    num_bytes: int  # of what is scored
 
 
 def tokenize(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> Tokens:
@@ -54,7 +57,7 @@ def tokenize(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> Tokens:
     """
     parts = []
     for piece in pieces:
-        ids = [tokenizer.encode(piece.text, piece.name, piece.offset)]
+        ids = [_encoded(tokenizer, piece)]
         if piece.offset == 0 and tokenizer.bos_id is not None:
             ids.insert(0, np.array([tokenizer.bos_id], np.int32))
         if piece.ends and tokenizer.eos_id is not None:
@@ -65,8 +68,14 @@ def tokenize(tokenizer: tokenizers.Tokenizer, pieces: list[Piece]) -> Tokens:
         np.concatenate(parts).astype(dtype),
         np.array([len(part) for part in parts], np.int64),
         np.array([piece.ends for piece in pieces], bool),
-        sum(len(piece.text) for piece in pieces),
+        np.array([piece.scored for piece in pieces], bool),
+        sum(len(piece.text) for piece in pieces if piece.scored),
     )
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, piece: Piece) -> np.ndarray:
+    given = piece.text, piece.name, piece.offset
+    return tokenizer.encode(*given, markup=piece.markup)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

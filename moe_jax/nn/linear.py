@@ -29,7 +29,7 @@ def products(
     Args:
       x: (B, S, ...), split as `axes`.
       axes: logical; a dimension that cannot be split so stays whole.
-      weights: with one dimension "embed".
+      weights: with one dimension "embed"; what is left of them is split alike.
       contracted: number of dimensions that go.
 
     Returns:

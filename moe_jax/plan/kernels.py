@@ -3,8 +3,9 @@
 Their authors' own cost estimates are not comparable: a grouped matmul's counts every
 row of its buffer. Here a grouped matmul of (m, k) by (G, k, n) does `fill` of its
 rows, in tiles of (tm, tk, tn); a tile on the border of two groups is done twice.
-Causal attention does the tiles that hold a score below the diagonal, or half of all
-scores where the kernel does not say its tiles.
+Causal attention does the tiles that hold a score below the diagonal, of a window's at
+most as many as its grid is wide, or half of all scores where the kernel does not say
+its tiles.
 
 From libtpu 0.0.52 on, XLA writes `ragged_dot` as a product of every row with every
 group whose iterations are skipped where a tile holds no row of the group.
@@ -57,7 +58,8 @@ def kernel_work(
         and operand.shapes[0].dtype not in ("s8", "s16", "s32", "u32", "pred")
     ]
     if "splash" in names or "flash" in names:
-        return _attention(call, names, matrices, moved)
+        shapes = [s for operand in comp.operands(call) for s in operand.shapes]
+        return _attention(call, names, shapes, matrices, moved)
     if "gmm" in names or "ragged-dot" in names or "ragged_dot" in names:
         found = _grouped(call, matrices, fill)
         if found is not None:
@@ -80,42 +82,71 @@ def visited_share(product: Instruction, fill: float) -> float:
     return min(1.0, (fill * tiles + groups - 1) / (groups * tiles))
 
 
-def _attention(call: Instruction, names: str, matrices, moved: float) -> KernelWork:
-    """Products of the tiles visited. Forward 2, dq 3, dkv 4 (with dq in it: 5)."""
+def _attention(
+    call: Instruction, names: str, shapes, matrices, moved: float
+) -> KernelWork:
+    """Products of the tiles visited. Forward 2, dq 3, dkv 4 (with dq in it: 5).
+
+    Some are as wide as a key, the others as a value: scores, dq and dk, or mixing, the
+    gradient of the weights and dv.
+    """
     heads = [s for s in matrices if len(s.dims) in (3, 4)]
     if len(heads) < 2:
         return KernelWork("attention", 0.0, moved, known=False)
-    q, k = heads[:2]
+    q, k, v = (*heads, heads[1])[:3]
     rows, keys, width = q.dims[-2], k.dims[-2], q.dims[-1]
     tile_q, tile_k = (
         re.search(rf'block_{side}(?:_dq|_dkv)?\\?"?:\s*(\d+)', call.attributes)
         for side in ("q", "kv")
     )
-    products, over = 2, tile_q
+    by_key, by_value, over = 1, 1, tile_q
     if "dkv" in names:
         # A gradient more among the results is that of the queries.
         fused = "fused" in names or len(call.shapes) > 4
-        products, over = 5 if fused else 4, tile_k
+        by_key, by_value, over = 3 if fused else 2, 2, tile_k
     elif "dq" in names or ("bwd" in names and "fwd" not in names):
-        products = 3
+        by_key = 2
     pairs = q.size // (rows * width)
     if tile_q and tile_k:
-        pairs *= _visited(rows, keys, int(tile_q[1]), int(tile_k[1]))
+        by_rows = "dkv" not in names
+        tables = [s.dims for s in shapes if s.dtype == "s8" and len(s.dims) == 3]
+        wide = tables[0][2 if by_rows else 1] if tables else keys
+        pairs *= _visited(rows, keys, int(tile_q[1]), int(tile_k[1]), wide, by_rows)
         if k.memory_space == HBM:
             # Two blocks of one side are read again for each of the other.
-            moved += pairs / int(over[1]) * 2 * width * k.nbytes / k.size
+            one = (width + v.dims[-1]) * k.nbytes / k.size
+            moved += pairs / int(over[1]) * one
     else:
         pairs *= rows * (keys - rows / 2)
-    return KernelWork("attention", float(2 * products * pairs * width), moved)
+    widths = by_key * width + by_value * v.dims[-1]
+    return KernelWork("attention", float(2 * pairs * widths), moved)
 
 
-def _visited(rows: int, keys: int, tile_q: int, tile_k: int) -> int:
-    """Scores in the tiles that causality leaves.
+def _visited(
+    rows: int, keys: int, tile_q: int, tile_k: int, wide: int, by_rows: bool
+) -> int:
+    """Scores in the tiles that causality leaves, `wide` at most for one of a side.
 
     Where the row is split over devices it is the last part's: the others wait for it.
+    A window narrows the grid, but for the derivative in one kernel, whose tiles before
+    the window are counted though it skips them.
+
+    Args:
+      rows: queries.
+      keys: of the whole row.
+      tile_q: queries of a tile.
+      tile_k: keys of a tile.
+      wide: tiles of the grid along keys for a tile of queries, or the reverse.
+      by_rows: whether it is along keys.
     """
     ends = range(keys - rows + tile_q, keys + 1, tile_q)
-    return sum(tile_q * min(keys, -(-end // tile_k) * tile_k) for end in ends)
+    tiles = [-(-end // tile_k) for end in ends]
+    if by_rows:
+        counts = [min(count, wide) for count in tiles]
+    else:
+        blocks = range(-(-keys // tile_k))
+        counts = [min(sum(count > j for count in tiles), wide) for j in blocks]
+    return tile_q * tile_k * sum(counts)
 
 
 def _tile(call: Instruction) -> tuple[int, int, int]:

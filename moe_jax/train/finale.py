@@ -29,9 +29,12 @@ def show(
     recorder.held_out(progress.step, held_out)
     compared = {}
     if config.eval.baselines and held_out and distributed.is_primary():
-        compared = _baselines(data)
-        for line in _comparison(held_out["bits_per_byte"], compared):
-            note(line)
+        if data.all_scored:
+            compared = _baselines(data)
+            for line in _comparison(held_out["bits_per_byte"], compared):
+                note(line)
+        else:
+            note("no baselines: they would score more than the answers")
     uses_lev = evaluator.expert_uses(progress.state, data)
     if uses_lev is not None:
         decode = lambda ids: data.tokenizer.decode(ids).decode("utf-8", "replace")

@@ -74,9 +74,9 @@ def train(config: Config, folder: str) -> int:
 
 def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     progress = Progress(state=state, step=int(state.step))
-    per_token = bytes_per_token(data, "train")
+    per_token = data.bytes_per_token("train")
     recorder = Recorder(parts, folder, progress.step, per_token, saved)
-    evaluator = Evaluator(parts, bytes_per_token(data, "validation"))
+    evaluator = Evaluator(parts, data.bytes_per_token("validation"))
     try:
         for line in _greeting(parts, data, changed, notes):
             recorder.console.note(line)
@@ -144,12 +144,6 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
                 recorder.held_out(progress.step, figures)
                 recorder.restart_clock()
         watchdog.stop()
-
-
-def bytes_per_token(data: Any, split: str) -> float:
-    """Mean bytes per token of a split (1 where it is empty)."""
-    tokens = data.tokens_in(split)
-    return data.bytes_in(split) / tokens if tokens else 1.0
 
 
 def _greeting(parts: Parts, data: Any, changed: list[str], notes: list[str]):

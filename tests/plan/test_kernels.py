@@ -1,5 +1,6 @@
 """Work of kernels: XLA's grouped product as compiled, formulas on calls by hand."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 
 from moe_jax.config import MeshConfig
 from moe_jax.nn.attention import sharded
+from moe_jax.nn.attention.common import PLAIN, Scoring
 from moe_jax.nn.attention.splash import Splash
 from moe_jax.parallel import rules
 from moe_jax.parallel.mesh import make_mesh
@@ -160,20 +162,27 @@ def splash_calls(find):
     Two rows of 1024 bfloat16 positions, 4 heads of 64 on 2 kv heads, blocks of 256.
     """
 
-    def make(**sizes):
+    def make(scoring=PLAIN, width=64, values=64, fused=False, **sizes):
         mesh = make_mesh(MeshConfig(**sizes), find("v5e:2x2").devices)
         shaped = lambda axes, shape, dtype: jax.ShapeDtypeStruct(
             shape, dtype, sharding=rules.sharding(mesh, axes)
         )
-        heads = lambda n: shaped(
-            ("batch", "sequence", "heads", None), (2, 1024, n, 64), jnp.bfloat16
+        heads = lambda n, width: shaped(
+            ("batch", "sequence", "heads", None), (2, 1024, n, width), jnp.bfloat16
         )
         segments = shaped(("batch", "sequence"), (2, 1024), jnp.int32)
-        options = Splash(block_q=256, block_kv=256)
-        loss = lambda q, k, v, s: jnp.sum(sharded.run(options, q, k, v, s) ** 2)
+        options = Splash(block_q=256, block_kv=256, fused_backward=fused)
+        given = [heads(4, width), heads(2, width), heads(2, values)]
+        given.append(shaped(("heads",), (4,), jnp.float32))
+
+        def loss(q, k, v, sinks, segments):
+            with_sinks = dataclasses.replace(scoring, sinks=sinks)
+            used = with_sinks if scoring.softcap else scoring
+            return jnp.sum(sharded.run(options, q, k, v, segments, used) ** 2)
+
         with jax.set_mesh(mesh):
-            step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-            step = step.lower(heads(4), heads(2), heads(2), segments)
+            step = jax.jit(jax.grad(loss, argnums=tuple(range(4))))
+            step = step.lower(*given, segments)
         text = step.compile().as_text()
         assert not re.search(r"\[[0-9,]*1024,1024\]", text)
         module = hlo.parse(text)
@@ -201,6 +210,18 @@ def splash_calls(find):
 def test_attention_compiled_for_a_mesh_of_tpus(splash_calls, sizes, heads, tiles):
     one = 2 * heads * tiles * 256 * 256 * 64
     assert splash_calls(**sizes) == [2 * one, 3 * one, 4 * one]
+
+
+def test_a_window_leaves_tiles_out(splash_calls):
+    """Values of 128 under keys of 192, a softcap and sinks: the kernel takes them all.
+
+    A query sees 300 places: the tiles of its own block, and of one or two before.
+    """
+    scoring = Scoring(window=300, softcap=30.0)
+    sizes = dict(data=2, tensor=2, width=192, values=128)
+    tiles = 2 * 2 * (1 + 2 + 3 + 3) * 256 * 256
+    by_widths = [192 + 128, 2 * 192 + 128, 2 * 192 + 2 * 128]
+    assert splash_calls(scoring, **sizes) == [tiles * width for width in by_widths]
 
 
 @pytest.mark.parametrize("names", [("bf16[8,512,128]",) * 2, ("bf16[8,512,128]",) * 3])

@@ -4,17 +4,19 @@ from pathlib import Path
 
 from moe_jax import config as config_lib
 from moe_jax.data import documents
-from moe_jax.data.sources import python_source, text_files, tfds_text
+from moe_jax.data.sources import instructions, python_source, text_files, tfds_text
+from moe_jax.data.sources.instructions import Instructions
 from moe_jax.data.sources.python_source import PythonSource
 from moe_jax.data.sources.text_files import TextFiles
 from moe_jax.data.sources.tfds_text import TfdsText
 
-__all__ = ["SOURCES", "PythonSource", "TextFiles", "TfdsText", "load"]
+__all__ = ["SOURCES", "Instructions", "PythonSource", "TextFiles", "TfdsText", "load"]
 
 # Each takes (source config, validation_fraction, cache folder).
 SOURCES = {
     PythonSource: python_source.load,
     TextFiles: text_files.load,
+    Instructions: instructions.load,
     TfdsText: tfds_text.load,
 }
 

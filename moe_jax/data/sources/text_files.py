@@ -40,11 +40,11 @@ def load(
       UserError: nothing is there, nothing can be read, or all of it is empty.
     """
     del folder
-    files = _find(source)
+    files = find(source)
     digest = hashlib.sha256()
     for name, path in files:
         digest.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "replace"))
-        digest.update(_file_digest(path, source))
+        digest.update(file_digest(path, source))
     # Empty files are no documents: beside them a single file is still the only one.
     files = [(name, path) for name, path in files if path.stat().st_size]
     if not files:
@@ -63,8 +63,15 @@ def load(
     return documents.Documents(identity, read)
 
 
-def _find(source: TextFiles) -> list[tuple[str, Path]]:
-    """(name, path) of all files; names do not depend on where the folder lies."""
+def find(source: config_lib.SourceConfig) -> list[tuple[str, Path]]:
+    """(name, path) of all files; names do not depend on where the folder lies.
+
+    Args:
+      source: has a `path`: a file, a folder or a glob.
+
+    Raises:
+      UserError: there is no file.
+    """
     root = Path(source.path).expanduser()
     if root.is_file():
         return [(root.name, root)]
@@ -100,7 +107,12 @@ def _files_below(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _file_digest(path: Path, source: TextFiles) -> bytes:
+def file_digest(path: Path, source: config_lib.SourceConfig) -> bytes:
+    """The SHA-256 of a file of the source.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

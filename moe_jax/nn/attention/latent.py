@@ -119,12 +119,15 @@ class LatentSelfAttention(SelfAttention):
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, S, H, nope + rope), latents (B, S, Rkv), keys (B, S, rope)."""
-        first = self.w_q_down if self.sizes.query_rank else self.w_q
-        made = linear.products(x, _TEXT, (first, self.w_kv_down))
-        q, down = (checkpoint_name(a, PROJECTED) for a in made)
+        product = lambda x, *weights: [
+            checkpoint_name(a, PROJECTED) for a in linear.products(x, _TEXT, weights)
+        ]
         if self.sizes.query_rank:
-            (q,) = linear.products(self.q_norm(q), _TEXT, (self.w_q_up,))
-            q = checkpoint_name(q, PROJECTED)
+            q, down = product(x, self.w_q_down, self.w_kv_down)
+            (q,) = product(self.q_norm(q), self.w_q_up)
+        else:
+            # Not at once: only one of them is split over heads.
+            (q,), (down,) = product(x, self.w_q), product(x, self.w_kv_down)
         latents, keys = jnp.split(down, [self.sizes.kv_rank], axis=-1)
         return q, self.kv_norm(latents), keys
 

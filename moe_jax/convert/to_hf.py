@@ -26,6 +26,7 @@ from moe_jax.parallel import distributed
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ANOTHER_KIND = "config.model: of another kind"
 # Of an imported config.json, what no longer holds.
 _STALE = ("quantization_config", "auto_map", "torch_dtype")
 
@@ -98,17 +99,17 @@ def choose(model: Any, name: str) -> Family:
         raise UserError(f"a {type(model).__name__} cannot be exported, a Decoder can")
     if name and name not in FAMILIES:
         raise UserError(f"--family={name}: must be one of {', '.join(FAMILIES)}")
-    nearest: tuple[str, list[str]] = ("", [])
+    found = {}
     for family in [FAMILIES[name]] if name else FAMILIES.values():
-        lines = lost(family, model)
-        if not lines:
+        found[family.model_type] = lost(family, model)
+        if not found[family.model_type]:
             return family
-        if not nearest[0] or len(lines) < len(nearest[1]):
-            nearest = (family.model_type, lines)
-    shown = "\n".join(f"  {line}" for line in nearest[1][:12])
+    distance = lambda name: (found[name] == [_ANOTHER_KIND], len(found[name]))
+    nearest = min(found, key=distance)
+    shown = "\n".join(f"  {line}" for line in found[nearest][:12])
     raise UserError(
         f"this model is not one that {'' if name else 'any family, not even '}"
-        f"{nearest[0]} can express (here -> there):\n{shown}"
+        f"{nearest} can express (here -> there):\n{shown}"
     )
 
 
@@ -122,7 +123,7 @@ def lost(family: Family, model: Decoder) -> list[str]:
         return [str(error)]
     except (AttributeError, TypeError, ZeroDivisionError):
         # It asked for a field of another feed-forward, selector or attention.
-        return ["config.model: of another kind"]
+        return [_ANOTHER_KIND]
     return config_json.differences(
         _what_it_is(model), _what_it_is(back), "config.model"
     )

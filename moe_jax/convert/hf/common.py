@@ -83,7 +83,7 @@ def rotary(fields: Fields, theta: float, interleaved: bool = False) -> rope.Rope
     """
     old, new = fields.get("rope_scaling", None), fields.get("rope_parameters", None)
     theta = fields.number("rope_theta", theta)
-    fraction = fields.number("partial_rotary_factor", 1.0)
+    fields.only("partial_rotary_factor", 1.0)  # The families here know no other.
     inner = Fields(old or new or {}, f"{fields.where}: rope_parameters")
     kind = inner.get("rope_type", inner.get("type", "default"))
     if kind not in _SCALINGS:
@@ -92,9 +92,9 @@ def rotary(fields: Fields, theta: float, interleaved: bool = False) -> rope.Rope
             "rope_scaling" if old else "rope_parameters",
             f"the kind {kind!r} is not supported; {known} are",
         )
+    inner.only("partial_rotary_factor", 1.0)
     found = rope.Rope(
         theta=inner.number("rope_theta", theta),
-        fraction=inner.number("partial_rotary_factor", fraction),
         interleaved=interleaved,
         scaling=_SCALINGS[kind](inner, fields),
     )
@@ -158,8 +158,6 @@ _SCALINGS = {
 def rotary_fields(options: rope.Rope) -> dict[str, Any]:
     """The reverse of `rotary`, under the names of version 5 and those before it."""
     found = {"rope_theta": options.theta, **_scaling_fields(options.scaling)}
-    if options.fraction != 1:
-        found["partial_rotary_factor"] = options.fraction
     scaled = options.scaling is not None
     return {
         "rope_parameters": found,

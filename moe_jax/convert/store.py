@@ -77,25 +77,37 @@ def write(
 
 
 def _values(tensors, all_planned, leaves) -> Iterator[np.ndarray]:
-    fetched: dict[tuple[str, int | None], np.ndarray] = {}
-    layer = None
-    for tensor in all_planned:
-        group = tensors[tensor.name]
-        if group[0].layer != layer:
-            layer = group[0].layer
-            fetched.clear()
-        dtype = tensor_file.TYPES[tensor.type_name]
-        value = np.empty(tensor.shape, dtype)
-        for place in group:
-            key = (place.leaf, place.repeat)
-            if key not in fetched:
-                fetched[key] = _fetch(leaves[place.leaf], place.repeat)
-            leaf = fetched[key]
-            place.weight.put_into(
-                value, leaf if place.expert is None else leaf[place.expert]
-            )
-        yield value
+    groups = ((tensor, tensors[tensor.name]) for tensor in all_planned)
+    of_layer = lambda entry: (entry[1][0].layer, entry[1][0].repeat)
+    for (_, repeat), entries in itertools.groupby(groups, of_layer):
+        entries = list(entries)
+        names = {place.leaf for _, group in entries for place in group}
+        layer = {name: leaves[name] for name in names}
+        if repeat is not None:
+            layer = _slices(layer, repeat)
+        fetched = _Fetched(layer)
+        for tensor, group in entries:
+            value = np.empty(tensor.shape, tensor_file.TYPES[tensor.type_name])
+            for place in group:
+                leaf = fetched[place.leaf]
+                leaf = leaf if place.expert is None else leaf[place.expert]
+                place.weight.put_into(value, leaf)
+            yield value
 
 
-def _fetch(leaf: jax.Array, repeat: int | None) -> np.ndarray:
-    return np.asarray(jax.device_get(leaf if repeat is None else leaf[repeat]))
+@jax.jit
+def _slices(stacks, repeat):
+    """One layer of stacked leaves; the place is traced, so that it compiles once."""
+    take = jax.lax.dynamic_index_in_dim
+    return {name: take(stack, repeat, keepdims=False) for name, stack in stacks.items()}
+
+
+class _Fetched(dict):
+    """Leaves on the host, each when it is asked for."""
+
+    def __init__(self, leaves: Mapping[str, Any]):
+        self._leaves = leaves
+
+    def __missing__(self, name: str) -> np.ndarray:
+        self[name] = np.asarray(jax.device_get(self._leaves[name]))
+        return self[name]

@@ -282,16 +282,18 @@ def rotate(
     angles = positions[..., None, None].astype(dtype) * frequencies
     scaled = made.magnitude * scale
     cos, sin = jnp.cos(angles) * scaled, jnp.sin(angles) * scaled
-    wide = x.astype(dtype)
     if rope.interleaved:
-        first, second = wide[..., :turned:2], wide[..., 1:turned:2]
+        first, second = x[..., :turned:2], x[..., 1:turned:2]
     else:
-        first, second = wide[..., : turned // 2], wide[..., turned // 2 : turned]
+        first, second = x[..., : turned // 2], x[..., turned // 2 : turned]
+    # Cast when cut: XLA:TPU keeps what is cast before in both types.
+    first, second = first.astype(dtype), second.astype(dtype)
     both = first * cos - second * sin, second * cos + first * sin
     if rope.interleaved:
         out = jnp.stack(both, axis=-1).reshape(*x.shape[:-1], turned)
     else:
         out = jnp.concatenate(both, axis=-1)
     if turned < x.shape[-1]:
-        out = jnp.concatenate([out, wide[..., turned:] * scale], axis=-1)
+        rest = x[..., turned:].astype(dtype) * scale
+        out = jnp.concatenate([out, rest], axis=-1)
     return out.astype(x.dtype)

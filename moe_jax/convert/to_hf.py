@@ -22,7 +22,7 @@ from moe_jax.moe.balance import Balance
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.group_limited import GroupLimited
 from moe_jax.moe.selectors.top_k import TopK
-from moe_jax.parallel import distributed
+from moe_jax.train.setup import Parts
 
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -58,31 +58,64 @@ def convert(
       UserError: no family expresses the model, or the folder cannot be written.
     """
     kept = os.path.join(workdir, run_config.BESIDE)
-    imported = {}
-    if os.path.exists(os.path.join(kept, folder.CONFIG)):
-        imported = folder.read_json(os.path.join(kept, folder.CONFIG))
-    chosen = choose(config.model, family or imported.get("model_type", ""))
+    chosen = choose(config.model, family or _imported(kept).get("model_type", ""))
     loaded = load.load(workdir, config, step)
     for note in loaded.notes:
         say(note)
-    leaves = mapping.leaves_of(loaded.state.eval_params, loaded.state.router_state)
-    places = mapping.places(chosen, loaded.parts.model, leaves)
-    tensors = store.by_tensor(places)
-    types = _types(tensors, chosen, kept, dtype or "", config.model.param_dtype)
+    state = loaded.state
+    leaves = mapping.leaves_of(state.eval_params, state.router_state)
+    line = write(out, chosen, loaded.parts, leaves, kept, dtype, most_bytes)
+    say(line)
+
+
+def write(
+    out: str,
+    family: Family,
+    parts: Parts,
+    leaves: Mapping[str, Any],
+    kept: str,
+    dtype: str = "",
+    most_bytes: int = 5 * 10**9,
+) -> str:
+    """Writes arrays as a folder of Hugging Face.
+
+    Args:
+      out: the folder, which is not there yet.
+      family: that expresses the model.
+      parts: of the run.
+      leaves: of `mapping.leaves_of`.
+      kept: folder of what came with the model; it need not be there.
+      dtype: as for `convert`.
+      most_bytes: of a file.
+
+    Returns:
+      A line about what was written.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    config = parts.config
+    tensors = store.by_tensor(mapping.places(family, parts.model, leaves))
+    types = _types(tensors, family, kept, dtype, config.model.param_dtype)
     shards = store.files(store.planned(tensors, types), most_bytes)
-    if imported.get("model_type") != chosen.model_type:
-        imported = {}
-    fields = _config(chosen, config, imported, types)
+    fields = _config(family, config, _imported(kept), types)
     with target.made_whole(out, "out") as made:
-        with jax.set_mesh(loaded.parts.mesh):
+        with jax.set_mesh(parts.mesh):
             store.write(made, tensors, shards, leaves)
-        if distributed.is_primary():
-            with open(os.path.join(made, folder.CONFIG), "w", encoding="utf-8") as file:
-                json.dump(fields, file, indent=2, sort_keys=True)
-            if os.path.isdir(kept):
-                folder.copy_beside(kept, made)
+        with open(os.path.join(made, folder.CONFIG), "w", encoding="utf-8") as file:
+            json.dump(fields, file, indent=2, sort_keys=True)
+        if os.path.isdir(kept):
+            folder.copy_beside(kept, made)
     count, size = len(tensors), sum(t.nbytes for s in shards.values() for t in s)
-    say(f"{chosen.architecture}: {count} tensors, {size:,} bytes, {len(shards)} files")
+    return (
+        f"{family.architecture}: {count} tensors, {size:,} bytes, {len(shards)} files"
+    )
+
+
+def _imported(kept: str) -> dict[str, Any]:
+    """The config.json that the model came with, or {}."""
+    path = os.path.join(kept, folder.CONFIG)
+    return folder.read_json(path) if os.path.exists(path) else {}
 
 
 def choose(model: Any, name: str) -> Family:
@@ -178,6 +211,8 @@ def _types(
 def _config(
     family: Family, config: Config, imported: Mapping[str, Any], types: dict[str, str]
 ) -> dict[str, Any]:
+    if imported.get("model_type") != family.model_type:
+        imported = {}
     names = list(types.values())
     most = max(set(names), key=names.count)
     base = {k: v for k, v in imported.items() if k not in _STALE}

@@ -20,6 +20,8 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.nn.attention.blocked import Blocked
+from moe_jax.nn.attention.latent import LatentAttention
 from moe_jax.nn.feedforward import Dense
 from moe_jax.parallel.mesh import AXES
 from moe_jax.plan import analytic, exchanges, facts, footprint
@@ -300,6 +302,29 @@ def test_the_context_gathers_by_hand(tiny):
     # Keys and values of 8 rows of 32 tokens, one of 2 heads of 8; float32; 2 layers,
     # forward and backward.
     assert found.wire["context gathers"] == 2 * 2 * (2 * 8 * 32 * 8 * 4) / 2
+
+
+def test_latents_are_gathered_as_keys_and_values(tiny):
+    sizes = LatentAttention(kv_rank=8, nope_dim=6, rope_dim=4, value_dim=5)
+    latent = changed(tiny, model__latent=sizes, model__head_dim=0)
+    latent.model.num_kv_heads, latent.model.qk_norm = 0, "none"
+    found = estimate(latent, context=2)
+    # Keys of 10 and values of 5 of all heads.
+    heads = tiny.model.num_heads
+    assert found.wire["context gathers"] == 2 * 2 * (8 * 32 * heads * 15 * 4) / 2
+
+
+def test_attention_of_windows_by_hand(tiny):
+    """A causal query sees half of 2048 and half a block; in a window, that and one."""
+    windows = dict(model__window=256, model__full_attention_every=2)
+    long = dict(data__sequence_length=2048, model__attention=Blocked())
+    flops = lambda config: analytic._attention(facts.layout_of(config, sizes())).flops
+    block, model = analytic.ATTENTION_BLOCK, tiny.model
+    one = 4 * 8 * 2048 * model.num_heads * model.width_per_head
+    causal = 1024 + block / 2
+    assert model.num_layers == 2 and 256 + block < causal
+    assert flops(changed(tiny, **long)) == one * 2 * causal
+    assert flops(changed(tiny, **long, **windows)) == one * (causal + 256 + block)
 
 
 def test_slices_are_joined_by_the_slow_network(tiny):

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax.convert import tensor_file
 
-LAYERS, EXPERTS = 2, 4
+LAYERS, EXPERTS = 2, 8
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",

@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
@@ -128,19 +130,34 @@ def run_step(
         found = step.compute_gradients(
             config, model, state, batch, mode=mode, override=replay
         )
-        new, norm = step.apply_gradients(config, model, parts.optimizer, state, found)
-        return found, norm, new.params, new.router_state
+        apply = functools.partial(
+            step.apply_gradients, config, model, parts.optimizer, state
+        )
+        new, norm = apply(found)
+        nudged = apply(dataclasses.replace(found, grads=_nudged(found.grads, dtype)))
+        return found, norm, new.params, nudged[0].params, new.router_state
 
     with jax.set_mesh(parts.mesh):
         state = jax.device_put(state, parts.shardings)
         size = config.train.batch_size
         placed = batches.put(batch, parts.mesh, size, 0)
-        found, norm, params, router_state = jax.jit(both)(state, placed, replay)
+        found, *after = jax.jit(both)(state, placed, replay)
     routing = None
     # A continuous router chooses nothing that could be replayed.
     if found.aux is not None and isinstance(found.aux.routing, Routing):
         routing = jax.device_get(found.aux.routing)
-    return compare.record(found, norm, params, router_state, dtype), routing
+    return compare.record(found, *after, dtype), routing
+
+
+def _nudged(grads: Any, dtype: str) -> Any:
+    """Gradients that are apart from these by the tolerance, evenly over each array."""
+
+    def nudge(g):
+        size = compare.TOLERANCE[dtype] * jnp.sqrt(jnp.mean(jnp.square(g)))
+        signs = jax.random.rademacher(jax.random.key(0), g.shape, g.dtype)
+        return g + size * signs
+
+    return jax.tree.map(nudge, grads)
 
 
 def check_dtype(

@@ -230,8 +230,10 @@ def test_near_ties_by_hand():
     assert compare._near_ties(routing, 1e-5) == [0], "all experts are chosen"
 
 
-def record(close, exact):
-    return compare.Record(close=close, exact=exact, dropped=0, near_ties=[])
+def record(close, exact, **allowed):
+    return compare.Record(
+        close=close, exact=exact, allowed=allowed, dropped=0, near_ties=[]
+    )
 
 
 def test_differences_by_hand():
@@ -250,6 +252,26 @@ def test_differences_by_hand():
     assert by_name["n"].error == 2 and by_name["n"].allowed == 0
     assert not any(d.passed for d in by_name.values())
     assert all(d.passed for d in compare.differences(found, found, "float32"))
+
+
+def test_parameters_may_differ_as_far_as_the_optimizer_makes_them():
+    a, b = np.array([3.0, 4.0]), np.array([3.0, 4.5])
+    found, reference = record({"a": b}, {}), record({"a": a}, {}, a=0.2)
+    (difference,) = compare.differences(found, reference, "float64")
+    assert difference.passed and difference.allowed == 0.2
+    (difference,) = compare.differences(reference, found, "float64")
+    assert not difference.passed
+
+
+def test_gradients_are_nudged_by_the_tolerance(float64):
+    grads = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(40, 30)))}
+    grads["w"] = grads["w"].at[0].set(0)
+    nudged = check_run._nudged(grads, "float32")
+    gap = np.asarray(nudged["w"] - grads["w"])
+    assert compare.relative_error(
+        np.asarray(nudged["w"]), np.asarray(grads["w"])
+    ) == pytest.approx(1e-5)
+    assert 0.3 < (gap > 0).mean() < 0.7 and np.ptp(np.abs(gap)) < 1e-15
 
 
 def test_nan_does_not_pass():

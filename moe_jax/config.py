@@ -242,7 +242,8 @@ class TrainConfig(Node):
       ema_decay: decay of the average of parameters; 0 keeps none.
       nan_policy: "skip" leaves the state as it was and counts; "stop" ends the run.
       max_skipped: with "skip", consecutive bad steps after which the run ends.
-      warm_start: workdir of another run whose parameters to begin from.
+      warm_start: workdir of another run whose parameters, and router state if its shape
+        is the same, to begin from.
       watchdog_secs: a step (not the first, which compiles) that takes longer ends
         the process with a message; 0 turns it off.
       compilation_cache: folder of JAX's persistent cache; "" turns it off.

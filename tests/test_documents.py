@@ -41,11 +41,11 @@ def test_pages_link_to_files_that_exist():
 
 
 def test_every_command_has_help_with_an_example():
-    from moe_jax.cli.main import COMMANDS
+    from moe_jax.cli.main import COMMANDS, module_of
 
     for name in COMMANDS:
         result = subprocess.run(
-            [sys.executable, "-m", f"moe_jax.cli.{name.replace(' ', '.')}", "--help"],
+            [sys.executable, "-m", module_of(name), "--help"],
             capture_output=True,
             text=True,
             check=True,

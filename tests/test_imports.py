@@ -26,7 +26,7 @@ FLOORS = [
     {"infer"},
     {"train"},
     {"infer.load"},
-    {"check", "plan", "bench"},
+    {"check", "plan", "bench", "convert"},
     {"cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

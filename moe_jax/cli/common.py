@@ -193,13 +193,20 @@ def _type_problems(value: Node, path: str) -> Iterator[str]:
         yield from _type_problems(child, child_path)
 
 
-def load_config() -> Config:
+def load_config(workdir: str = "") -> Config:
     """The config of `--config` with all overrides, validated.
+
+    Args:
+      workdir: of a run; its config is taken where none is named, if there is one.
 
     Raises:
       UserError: the flag is missing, or the config breaks a rule.
     """
     config = FLAGS.config
+    if config is None and os.path.exists(os.path.join(workdir, "config.json")):
+        from moe_jax.train import workdir as workdir_lib
+
+        config = workdir_lib.read_config(workdir)
     if config is None:
         raise UserError(
             "--config is missing: name a config file, for example "

@@ -20,12 +20,13 @@ from typing import Any
 
 from ml_collections.config_flags import config_path
 
+from moe_jax import config_json
 from moe_jax.config import Config, Node
 from moe_jax.errors import UserError, nearest
 
 
 def load(argument: str) -> Config:
-    """The config that `FILE` or `FILE:VARIANT` returns.
+    """The config that `FILE` or `FILE:VARIANT` returns, or that a run saved as JSON.
 
     The file's folder is importable by its name, so that `from configs import
     quickstart` finds the sibling from any working directory.
@@ -39,6 +40,8 @@ def load(argument: str) -> Config:
         raise UserError("--config is empty: name a config file")
     if not os.path.isfile(path):
         raise UserError(f"{shown}: no such file{_nearest_file(path)}")
+    if path.endswith(".json"):
+        return _of_run(path, shown)
     path = os.path.abspath(path)
     with _importable(os.path.dirname(path)):
         try:
@@ -60,6 +63,15 @@ def load(argument: str) -> Config:
             "a moe_jax.config.Config"
         )
     return config
+
+
+def _of_run(path: str, shown: str) -> Config:
+    """A config that a run has saved."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return config_json.from_json(file.read())
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{shown} cannot be read: {error}") from None
 
 
 def _nearest_file(path: str) -> str:

@@ -15,6 +15,8 @@ COMMANDS = {
     "train": "train, or go on where the workdir stopped",
     "eval": "score a checkpoint on held-out data",
     "generate": "write text from a checkpoint",
+    "convert from-hf": "make a workdir of a Hugging Face checkpoint",
+    "convert to-hf": "write a workdir's model for Hugging Face transformers",
     "plan": "say what a step needs and costs on devices that are not there",
     "check": "show that this config gives the same numbers on every mesh",
     "bench step": "train some steps and say where their time goes",
@@ -23,6 +25,11 @@ COMMANDS = {
     "bench compile": "measure how long a step takes to compile, and its memory",
     "bench skew": "compare the dispatches under routings from even to one expert",
 }
+
+
+def module_of(name: str) -> str:
+    """The module of a command."""
+    return f"moe_jax.cli.{name.replace(' ', '.').replace('-', '_')}"
 
 
 def usage(group: str = "") -> str:
@@ -70,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    command = importlib.import_module(f"moe_jax.cli.{name.replace(' ', '.')}")
+    command = importlib.import_module(module_of(name))
     from moe_jax.cli import common
 
     return common.execute(command.main, command.define_flags, rest, name)

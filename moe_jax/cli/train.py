@@ -2,6 +2,9 @@
 
 Example:
   moe-jax train --config=configs/quickstart.py --workdir=runs/quickstart
+  moe-jax train --workdir=runs/quickstart
+
+Without --config it is that of the workdir, which must hold a run or an imported model.
 
 Any value of the config can be overridden: --config.optimizer.learning_rate=3e-4.
 Ctrl-C and SIGTERM save a checkpoint first; the same command then goes on.
@@ -22,9 +25,9 @@ def define_flags() -> None:
 
 
 def main() -> int:
-    config = common.load_config()
     if not FLAGS.workdir:
         raise UserError("--workdir is missing: the folder that this run may write")
+    config = common.load_config(FLAGS.workdir)
     common.start_hosts(config)
     from moe_jax.train import loop
 

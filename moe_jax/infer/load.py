@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from moe_jax.checkpoint import Checkpoints
+import jax
+
+from moe_jax.checkpoint import Checkpoints, Restored
 from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.train import setup, workdir
@@ -20,7 +22,10 @@ class Loaded:
 
 
 def load(folder: str, config: Config, step: int = 0, content_hash: str = "") -> Loaded:
-    """Restores a run onto the mesh of `config`.
+    """Restores what scoring and writing need of a run onto the mesh of `config`.
+
+    That is the averaged parameters where there are any, else the parameters, and the
+    router state. The optimizer's state is not read.
 
     Args:
       folder: the workdir.
@@ -37,12 +42,13 @@ def load(folder: str, config: Config, step: int = 0, content_hash: str = "") -> 
     where = workdir.checkpoint_folder(folder, config)
     checkpoints = Checkpoints(where, config.checkpoint, read_only=True)
     try:
-        found = checkpoints.restore(parts.abstract, step=step or None)
+        found = _restore(checkpoints, parts.abstract, step)
     finally:
         checkpoints.close()
     if found is None:
         raise UserError(f"--workdir={folder}: there is no checkpoint yet")
-    trained_on = found.data.get("content_hash")
+    # One that was imported and not yet trained has seen no text.
+    trained_on = found.data.get("content_hash", content_hash)
     if content_hash and trained_on != content_hash:
         raise UserError(
             f"--workdir={folder}: the text is not the one this run was trained on "
@@ -52,3 +58,24 @@ def load(folder: str, config: Config, step: int = 0, content_hash: str = "") -> 
         )
     notes = [*found.notes, f"checkpoint of step {found.step}"]
     return Loaded(parts=parts, state=found.state, notes=notes)
+
+
+def _restore(
+    checkpoints: Checkpoints, abstract: TrainState, step: int
+) -> Restored | None:
+    """The state without that of the optimizer, part by part, all of one step."""
+    averaged = abstract.ema is not None
+    first = "ema" if averaged else "params"
+    found = checkpoints.restore_subtree(
+        getattr(abstract, first), first, step=step or None
+    )
+    if found is None:
+        return None
+    loaded = {first: found.state}
+    for name in ("step", "frozen", "router_state"):
+        loaded[name] = part = getattr(abstract, name)
+        if jax.tree.leaves(part):
+            rest = checkpoints.restore_subtree(part, name, step=found.step)
+            loaded[name] = rest.state
+    empty = dict(params={}, ema=None, opt_state=None)
+    return dataclasses.replace(found, state=TrainState(**empty | loaded))

@@ -72,7 +72,7 @@ def _serve(tokens, given, axes, groups, whole, shared):
     with jax.named_scope("dispatch"):
         sent = jax.tree.map(merged, rows)
     with jax.named_scope("experts"):
-        out = given.run(given.weights, sent, None)
+        out = given.run(given.whole(), sent, None)
     with jax.named_scope("combine"):
         out = from_experts(out, axes)
         if shared:

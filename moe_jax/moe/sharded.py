@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import config
 from moe_jax.moe.dispatch import DISPATCHES
-from moe_jax.moe.dispatch.common import Axes, LocalExperts, vary
+from moe_jax.moe.dispatch.common import Axes, Bring, LocalExperts, vary
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree, Routing
 from moe_jax.nn import module
 from moe_jax.parallel import collectives, mesh, rules, whole
@@ -116,11 +116,16 @@ def _shard(serve, experts, expert_axes, tokens, weights):
     """One shard's part: (b, s, ...) in, (b, s, D) and exact statistics out."""
     axes = _axes(expert_axes)
     width = rules.mesh_axes(rules.grouped("expert_mlp", expert_axes))
+    bring = Bring()
     if axes.every:
         # Before the gather: its reverse then splits gradients before it adds copies.
-        weights = _gather_fsdp(vary(weights, axes.tokens), experts.axes())
+        weights = vary(weights, axes.tokens)
         weights = _add_once(weights, experts.output_biases, width)
-    given = LocalExperts(weights=weights, run=experts.rows)
+        if any(map(whole.is_whole, weights.values())):
+            weights = _gather_fsdp(weights, experts.axes())  # They are here already.
+        else:
+            bring = _bring(experts)
+    given = LocalExperts(weights=weights, run=experts.rows, bring=bring)
     y, stats = serve(tokens, given, axes)
     # The experts' width may be split: each shard then holds a part of the sum.
     return collectives.total(y, width if axes.every else ()), stats
@@ -132,6 +137,19 @@ def _gather_fsdp(weights: dict[str, Any], axes: dict[str, rules.Axes]):
     The derivative of this gather is a reduce-scatter of the gradient.
     """
     return {name: whole.bring(w, axes[name]) for name, w in weights.items()}
+
+
+def _bring(experts: Any) -> Bring:
+    """How a dispatch brings the weights together itself."""
+    split = {axis for axes in experts.axes().values() for axis in axes}
+    names = {
+        n for axis in filter(rules.is_gathered, split) for n in rules.mesh_axes(axis)
+    }
+    return Bring(
+        tuple(a for a in mesh.AXES if a in names and jax.lax.axis_size(a) > 1),
+        lambda weights: _gather_fsdp(weights, experts.axes()),
+        experts.first,
+    )
 
 
 def _add_once(weights: PyTree, biases: tuple[str, ...], width: tuple[str, ...]):

@@ -166,25 +166,94 @@ def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights, b
     dim, parts = options.axes.index("embed"), (whole.place(matrix), bias)
     wide = module.accumulation_dtype(hidden.dtype)
     matrix = module.cast(matrix, hidden.dtype)
-    if vocab_names:
-        matrix = whole.bring(matrix, options.axes)
-        matrix, bias = varying.vary_like((matrix, bias), hidden)
-    zeros = lambda w: jnp.zeros_like(w, wide)
-    total = jax.tree.map(zeros, (matrix, bias)) if with_grads else None
     rows = tuple(a.reshape(-1, *a.shape[2:]) for a in (hidden, targets, weights))
-    size = options.chunk or chunk_of(matrix.shape[dim], matrix.shape[1 - dim])
-    step = functools.partial(_chunk, options, vocab_names, matrix, bias)
-    total, found = _in_chunks(step, total, rows, size)
+    names, across = (), None
+    if vocab_names:
+        names = rules.mesh_axes("embed")
+        if whole.is_whole(matrix):
+            matrix = whole.bring(matrix, options.axes)
+        else:
+            across = _across(names, rows[0].shape[0], matrix.shape[1 - dim])
+            matrix = _bring(matrix, names, across, dim)
+        matrix, bias = varying.vary_like((matrix, bias), hidden)
+    shards, summed_by, own_bias = 1, vocab_names, bias
+    if across:
+        shards, summed_by = jax.lax.axis_size(across), (*vocab_names, across)
+        rows = tuple(jax.lax.all_gather(a, across, tiled=True) for a in rows)
+        own_bias = None if bias is None else _own(across, bias)
+    zeros = lambda w: jnp.zeros_like(w, wide)
+    total = jax.tree.map(zeros, (matrix, own_bias)) if with_grads else None
+    size = options.chunk or chunk_of(matrix.shape[dim], shards * matrix.shape[1 - dim])
+    step = functools.partial(_chunk, options, vocab_names, summed_by, matrix, own_bias)
+    total, found = _in_chunks(step, total, rows, shards * size)
+    if across:
+        nll, normaliser, *to_hidden = found
+        split = functools.partial(jax.lax.psum_scatter, axis_name=across, tiled=True)
+        found = (_own(across, nll), _own(across, normaliser), *map(split, to_hidden))
     found = tuple(a.reshape(*hidden.shape[:2], *a.shape[1:]) for a in found)
     if not with_grads:
         return found
     if vocab_names:
         # In the type of the computation, as the gradients of all weights are sent.
-        names = rules.mesh_axes("embed")
-        of_matrix = collectives.scatter(total[0].astype(hidden.dtype), names, dim)
+        of_matrix = _send(total[0].astype(hidden.dtype), names, across, dim)
+        of_bias = total[1]
+        if across and bias is not None:  # The others' entries come with the sum.
+            zeros = jnp.zeros_like(bias, wide)
+            first = own_bias.size * jax.lax.axis_index(across)
+            of_bias = jax.lax.dynamic_update_slice(zeros, of_bias, (first,))
         of_parts = lambda g, w: collectives.total_like(g, w).astype(wide)
-        total = jax.tree.map(of_parts, (of_matrix, total[1]), parts)
+        total = jax.tree.map(of_parts, (of_matrix, of_bias), parts)
     return *found, *total
+
+
+def _across(names: tuple[str, ...], tokens: int, vocab: int) -> str | None:
+    """The mesh axis over which tokens are gathered in place of the matrix.
+
+    Of the axes that split the matrix's rows the slowest, over n shards, is gathered
+    last: `D V (n - 1) / n` elements a shard, and its gradient as many. With V split
+    over it, `T D (n - 1)` bring the tokens together, and what turns the matrix is n or
+    more times less than its gather was. So it is done where that gather is larger even
+    with another n-th of it, `T < V (n - 1) / n^2`. The sum of the matrix's gradient is
+    then read and written n times less as well.
+
+    Args:
+      names: mesh axes of the matrix's rows.
+      tokens: T of one shard.
+      vocab: V of one shard.
+    """
+    name = next((name for name in names if jax.lax.axis_size(name) > 1), None)
+    if name is None:
+        return None
+    n = jax.lax.axis_size(name)
+    return name if vocab % n == 0 and tokens * n * n < vocab * (n - 1) else None
+
+
+def _bring(part, names, across, dim):
+    """All rows of the matrix, (D, V) or (V, D), with V split over `across`."""
+    if not across:
+        return collectives.gather(part, names, dim)
+    # Rows stand by `across` first, so that theirs is a dimension of its own.
+    x = jnp.expand_dims(part, dim)
+    x = jax.lax.all_to_all(x, across, 2 * (1 - dim), dim, tiled=True)
+    x = collectives.gather(x, tuple(n for n in names if n != across), dim + 1)
+    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+
+
+def _send(grad, names, across, dim):
+    """The reverse of `_bring`: sums over the shards, each of which keeps its rows."""
+    if not across:
+        return collectives.scatter(grad, names, dim)
+    shards = jax.lax.axis_size(across)
+    x = grad.reshape(*grad.shape[:dim], shards, -1, *grad.shape[dim + 1 :])
+    x = collectives.scatter(x, tuple(n for n in names if n != across), dim + 1)
+    x = jax.lax.all_to_all(x, across, dim, 2 * (1 - dim), tiled=True)
+    return jnp.squeeze(x, dim)
+
+
+def _own(name: str, a: jax.Array) -> jax.Array:
+    """This shard's entries of those of a mesh axis."""
+    count = a.shape[0] // jax.lax.axis_size(name)
+    return jax.lax.dynamic_slice_in_dim(a, count * jax.lax.axis_index(name), count)
 
 
 def _in_chunks(step, total, rows, size):
@@ -205,8 +274,17 @@ def _in_chunks(step, total, rows, size):
     return total, tuple(a.reshape(-1, *a.shape[2:])[:length] for a in found)
 
 
-def _chunk(options, vocab_names, matrix, bias, total, rows):
+def _chunk(options, vocab_names, summed_by, matrix, bias, total, rows):
     """Adds a chunk's gradients of matrix and bias to `total`, unless that is None.
+
+    Args:
+      options: what is static.
+      vocab_names: mesh axes over which the rows' gradient is summed here.
+      summed_by: all axes that split the vocabulary.
+      matrix: (D, V) or (V, D).
+      bias: (V,), or None.
+      total: gradients of these two so far, or None.
+      rows: hidden (C, D), targets and weights (C,).
 
     Returns:
       It, and nll and log-normaliser (C,), with the gradient of the rows (C, D).
@@ -214,14 +292,14 @@ def _chunk(options, vocab_names, matrix, bias, total, rows):
     hidden, targets, weights = rows
     logits_cv = logits(hidden, matrix, options.axes, bias, options.softcap)
     ids = jnp.arange(logits_cv.shape[1], dtype=targets.dtype)
-    if vocab_names:
-        targets = targets - jax.lax.axis_index(vocab_names) * ids.size
+    if summed_by:
+        targets = targets - jax.lax.axis_index(summed_by) * ids.size
     is_target = targets[:, None] == ids
-    largest = collectives.largest(jnp.max(logits_cv, axis=1), vocab_names)
+    largest = collectives.largest(jnp.max(logits_cv, axis=1), summed_by)
     powers = jnp.sum(jnp.exp(logits_cv - largest[:, None]), axis=1)
-    normaliser = largest + jnp.log(collectives.total(powers, vocab_names))
+    normaliser = largest + jnp.log(collectives.total(powers, summed_by))
     chosen = jnp.sum(jnp.where(is_target, logits_cv, 0), axis=1)
-    nll = normaliser - collectives.total(chosen, vocab_names)
+    nll = normaliser - collectives.total(chosen, summed_by)
     if total is None:
         return None, (nll, normaliser)
     scale = 1 + 2 * options.z_weight * normaliser[:, None]

@@ -1,5 +1,7 @@
 """What XLA is told beside the program, by kind of chip."""
 
+from moe_jax.parallel import mesh
+
 # Chips with SparseCores can send weights while the matrix unit works: gathers and
 # reduce-scatters become asynchronous, which XLA leaves off (libtpu 0.0.52). They queue,
 # and the scheduler takes them for longer than it would, or they would start too late.
@@ -17,6 +19,11 @@ _BY_KIND = {
     "TPU v6 lite": _SPARSE_CORES,
     "TPU v6e": _SPARSE_CORES,
 }
+
+
+def sends_aside() -> bool:
+    """Whether the mesh's chips send weights while they compute; see `options`."""
+    return mesh.device_kind() in _BY_KIND
 
 
 def options(device_kind: str, own: str = "") -> dict[str, str]:

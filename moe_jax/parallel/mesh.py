@@ -1,6 +1,7 @@
 """The device mesh: five named axes, all always present (size 1 where unused)."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,12 +59,23 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     )
 
 
+def _device() -> Any:
+    """What the mesh says of its devices; None without a mesh, or of fake devices."""
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
+def device_kind() -> str:
+    """As JAX names it; "" without a mesh."""
+    device = _device()
+    return device.device_kind if device else ""
+
+
 def platform() -> str:
     """The platform that the program is traced for: "cpu", "gpu" or "tpu".
 
     A mesh knows its devices, also where they are absent; without one it is the
     default backend.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = _device()
     found = device.platform if device else jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)

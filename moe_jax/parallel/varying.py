@@ -10,7 +10,7 @@ Array = jax.Array
 PyTree = Any
 
 
-def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
+def vary(x: PyTree, names: tuple[str, ...]) -> PyTree:
     """Marks arrays as differing over mesh axes; the derivative sums over them.
 
     Done once outside of loops and custom derivatives, it keeps the sums over
@@ -19,7 +19,7 @@ def vary(x: PyTree, axes: tuple[str, ...]) -> PyTree:
 
     def mark(leaf):
         # All processes must name the axes in one order.
-        missing = tuple(a for a in AXES if a in axes and a not in _axes(leaf))
+        missing = tuple(a for a in AXES if a in names and a not in axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, x)
@@ -31,14 +31,15 @@ def vary_like(x: PyTree, other: Array) -> PyTree:
     Done to a weight before it is gathered, its gradient is split before its copies are
     summed.
     """
-    return vary(x, tuple(_axes(other)))
+    return vary(x, tuple(axes(other)))
 
 
 def alike(*arrays: Array) -> tuple[Array, ...]:
     """The arrays, each marked as differing over all axes over which one does."""
-    axes = frozenset().union(*(_axes(a) for a in arrays))
-    return tuple(vary(a, tuple(axes)) for a in arrays)
+    names = frozenset().union(*(axes(a) for a in arrays))
+    return tuple(vary(a, tuple(names)) for a in arrays)
 
 
-def _axes(x: Array) -> frozenset[str]:
+def axes(x: Array) -> frozenset[str]:
+    """Over which the array differs."""
     return jax.typeof(x).manual_axis_type.varying

@@ -4,13 +4,15 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from moe_jax import models
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.models.base import Model
+from moe_jax.models.base import Model, RouterState
+from moe_jax.nn.module import Params
 from moe_jax.parallel import batches, compiler, host, mesh, rules
 from moe_jax.train import optimizers, schedules, state, step
 from moe_jax.train.state import TrainState
@@ -110,6 +112,39 @@ def fresh_state(parts: Parts) -> TrainState:
     with jax.set_mesh(parts.mesh):
         key = jax.random.key(parts.config.seed)
         return jax.jit(make, out_shardings=parts.shardings)(key)
+
+
+def fresh_router_state(parts: Parts) -> RouterState:
+    """What routers know before the first step."""
+    make, where = parts.model.init_router_state, parts.shardings.router_state
+    return jax.jit(make, out_shardings=where)()
+
+
+def state_from(parts: Parts, params: Params, router_state: RouterState) -> TrainState:
+    """The state before the first step, with parameters from elsewhere.
+
+    Args:
+      parts: of the run.
+      params: all of them, where they shall lie; they are used up.
+      router_state: of the model.
+    """
+    trainable, frozen = optimizers.split(parts.config.optimizer, params)
+    shardings = parts.shardings
+    with jax.set_mesh(parts.mesh):
+        opt_state = jax.jit(parts.optimizer.init, out_shardings=shardings.opt_state)(
+            trainable
+        )
+        ema = None
+        if parts.config.train.ema_decay:  # A copy: the step donates both.
+            ema = jax.tree.map(jnp.copy, trainable)
+        return TrainState(
+            step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
+            params=trainable,
+            frozen=frozen,
+            opt_state=opt_state,
+            router_state=jax.device_put(router_state, shardings.router_state),
+            ema=ema,
+        )
 
 
 def trace_step(parts: Parts) -> jax.stages.Traced:

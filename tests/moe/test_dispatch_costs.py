@@ -20,7 +20,7 @@ from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
 from moe_jax.moe.routing import Assignments
-from moe_jax.parallel import rules
+from moe_jax.parallel import compiler, rules
 
 EACH = [cls for cls in DISPATCHES if cls is not Auto]
 name = lambda cls: cls.__name__
@@ -194,3 +194,23 @@ def test_exchanges_are_not_repeated_in_rematerialisation(axes_mesh, cls):
     if cls is Exact:
         # In the loop: two forward, four in its replay, whatever the policy.
         assert plain["all-to-all"] == 4 + 6 and full["all-to-all"] == 6 + 6
+
+
+@pytest.mark.parametrize("cls", [Exact, Gather, Ragged], ids=name)
+def test_a_weight_asked_for_early_is_gathered_once(axes_mesh, monkeypatch, cls):
+    """On chips that send weights aside: XLA makes one of the two gathers."""
+    mesh = axes_mesh(fsdp=2, expert=2)
+    found = []
+    for early in (False, True):
+        monkeypatch.setattr(compiler, "sends_aside", lambda early=early: early)
+        with jax.set_mesh(mesh):
+            case = Case(mesh, cls(), **SMALL)
+            program = jax.make_jaxpr(case.value)(*case.arguments)
+            text = case.compiled().as_text()
+        barriers = [n for n, _ in operations(program.jaxpr)].count(
+            "optimization_barrier"
+        )
+        found.append((len(re.findall(r" all-gather(-start)?\(", text)), barriers))
+    (gathers, before), (gathers_early, after) = found
+    assert gathers_early == gathers > 0
+    assert after > before

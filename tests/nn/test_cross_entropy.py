@@ -35,11 +35,15 @@ def plain(z_weight, hidden, matrix, targets, weights, bias=0.0, capped=False):
 
 @pytest.fixture
 def inputs():
+    return draw(V)
+
+
+def draw(vocab):
     rng = np.random.default_rng(0)
     return {
         "hidden": rng.normal(size=(B, S, D)),
-        "matrix": rng.normal(size=(D, V)),
-        "targets": rng.integers(0, V, (B, S)).astype(np.int32),
+        "matrix": rng.normal(size=(D, vocab)),
+        "targets": rng.integers(0, vocab, (B, S)).astype(np.int32),
         "weights": rng.random((B, S)) * (rng.random((B, S)) < 0.8),
     }
 
@@ -56,10 +60,20 @@ def with_gradients(run, given, factors):
     return *sums, *grads
 
 
-@pytest.mark.parametrize("sizes", MESHES[:2], ids=str)
+WIDE = [
+    dict(fsdp=2, expert=2, tensor=2),
+    dict(data=2, expert=4),
+    dict(fsdp=2, expert=4),
+]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab"), [(MESHES[0], V), (MESHES[1], V), (WIDE[0], 256)], ids=str
+)
 @pytest.mark.parametrize("capped", [False, True])
-def test_bias_and_softcap(float64, axes_mesh, inputs, sizes, capped):
-    bias = np.random.default_rng(1).normal(size=V)
+def test_bias_and_softcap(float64, axes_mesh, sizes, vocab, capped):
+    inputs = draw(vocab)
+    bias = np.random.default_rng(1).normal(size=vocab)
     targets, weights = inputs["targets"], inputs["weights"]
     options = Options(chunk=8, z_weight=0.25, softcap=SOFTCAP if capped else 0.0)
 
@@ -120,6 +134,49 @@ def test_sums_and_all_gradients(
     found = [*found[:3], found[3].T if tied else found[3], found[4]]
     for name, a, b in zip(("total", "nll", *NAMES), found, want, strict=False):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", WIDE, ids=str)
+@pytest.mark.parametrize(
+    ("chunk", "z_weight", "tied"), [(0, 0.0, False), (2, 0.25, True)]
+)
+def test_a_wide_vocabulary_is_split_and_tokens_are_gathered(
+    float64, axes_mesh, sizes, chunk, z_weight, tied
+):
+    given = draw(256)
+    want = with_gradients(lambda *args: plain(z_weight, *args), given, (1.5, -0.7))
+    axes = ("vocab", "embed") if tied else ("embed", "vocab")
+    turned = {**given, "matrix": given["matrix"].T} if tied else given
+    options = Options(axes=axes, z_weight=z_weight, chunk=chunk)
+    run = lambda given: with_gradients(
+        lambda *args: summed(options, *args), given, (1.5, -0.7)
+    )
+    with jax.set_mesh(axes_mesh(**sizes)):
+        found = jax.jit(run)(turned)
+        names = [e.primitive.name for e in equations(jax.make_jaxpr(run)(turned).jaxpr)]
+    assert "all_to_all" in names
+    found = [*found[:3], found[3].T if tied else found[3], found[4]]
+    for name, a, b in zip(("total", "nll", *NAMES), found, want, strict=False):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tokens", "found"),
+    [(32000, 4096, "fsdp"), (32000, 6000, None), (32002, 4096, None)],
+)
+def test_tokens_are_gathered_where_that_sends_less(axes_mesh, vocab, tokens, found):
+    """Of fsdp 4: where T < V * 3 / 16, and V can be split."""
+    seen = []
+
+    def body(x):
+        seen.append(cross_entropy._across(("fsdp", "expert"), tokens, vocab))
+        return x
+
+    mesh = axes_mesh(fsdp=4, expert=2)
+    spec = jax.sharding.PartitionSpec()
+    with jax.set_mesh(mesh):
+        jax.make_jaxpr(jax.shard_map(body, in_specs=spec, out_specs=spec))(1.0)
+    assert seen[-1] == found
 
 
 def test_by_hand(float64):

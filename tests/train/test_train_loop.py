@@ -143,11 +143,34 @@ def test_policy_stop_ends_at_the_first_bad_step(
     assert found.steps() == [3]
 
 
+def whole_state(folder, config):
+    """All of the newest checkpoint, the optimizer's state too."""
+    checkpoints = Checkpoints(
+        f"{folder}/checkpoints", config.checkpoint, read_only=True
+    )
+    found = checkpoints.restore(setup.make_parts(config).abstract)
+    checkpoints.close()
+    return found.state
+
+
+def test_scoring_reads_what_it_needs_and_no_more(finished, make_config, same_bits):
+    whole = whole_state(finished.folder, make_config())
+    loaded = load.load(finished.folder, make_config()).state
+    assert int(loaded.step) == STEPS
+    assert same_bits(loaded.eval_params, whole.ema)
+    assert same_bits(loaded.router_state, whole.router_state)
+    assert loaded.opt_state is None and loaded.params == {}
+    config = make_config(ema_decay=0.0)
+    with pytest.raises(UserError, match="does not fit"):  # Its leaves are others.
+        whole_state(finished.folder, config)
+    assert same_bits(load.load(finished.folder, config).state.params, whole.params)
+
+
 def test_a_resumed_run_on_another_mesh_has_the_same_bits(
     finished, make_config, same_bits
 ):
-    original = load.load(finished.folder, make_config())
-    assert int(original.state.step) == STEPS
+    original = whole_state(finished.folder, make_config())
+    assert int(original.step) == STEPS
     config = make_config()
     for mesh in (
         MeshConfig(data=1, fsdp=2, expert=4),
@@ -159,7 +182,7 @@ def test_a_resumed_run_on_another_mesh_has_the_same_bits(
         state, notes, _ = restore.begin(parts, pipeline.prepare(config), checkpoints)
         checkpoints.close()
         assert notes == ["going on from step 6"]
-        assert same_bits(state, original.state)
+        assert same_bits(state, original)
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         assert places == parts.shardings
 
@@ -174,10 +197,8 @@ def test_other_text_is_refused(finished, make_config, tmp_path):
     checkpoints.close()
 
 
-def test_warm_start_takes_the_parameters_only(
-    finished, make_config, tmp_path, same_bits
-):
-    original = load.load(finished.folder, make_config()).state
+def test_warm_start_takes_the_model_only(finished, make_config, tmp_path, same_bits):
+    original = whole_state(finished.folder, make_config())
     config = make_config(warm_start=finished.folder)
     parts = setup.make_parts(config)
     checkpoints = Checkpoints(str(tmp_path), config.checkpoint)
@@ -189,8 +210,32 @@ def test_warm_start_takes_the_parameters_only(
     assert same_bits(state.ema, original.params), "the average begins at them"
     fresh = setup.fresh_state(parts)
     assert same_bits(state.opt_state, fresh.opt_state)
-    assert same_bits(state.router_state, fresh.router_state)
+    assert same_bits(state.router_state, original.router_state)
     assert not same_bits(fresh.params, original.params)
+    assert not same_bits(fresh.router_state, original.router_state)
+    assert jax.tree.map(lambda a: a.sharding, state) == parts.shardings
+
+
+def test_warm_start_without_the_bias_says_so(finished, make_config, tmp_path):
+    config = make_config(warm_start=finished.folder)
+    config.model.feed_forward.balance.bias_rate = 0.0
+    checkpoints = Checkpoints(str(tmp_path), config.checkpoint)
+    parts = setup.make_parts(config)
+    state, (note,), _ = restore.begin(parts, pipeline.prepare(config), checkpoints)
+    checkpoints.close()
+    assert "its router state is another, so not that" in note
+    assert jax.tree.leaves(state.router_state) == []
+
+
+def test_a_model_without_a_text_begins_with_any(make_config, tmp_path):
+    """As an import leaves it."""
+    config = make_config()
+    parts, data = setup.make_parts(config), pipeline.prepare(config)
+    checkpoints = Checkpoints(str(tmp_path), config.checkpoint)
+    checkpoints.save(0, setup.fresh_state(parts), {"step": 0}, force=True)
+    state, notes, _ = restore.begin(parts, data, checkpoints)
+    checkpoints.close()
+    assert int(state.step) == 0 and notes == ["going on from step 0"]
 
 
 def test_warm_start_needs_a_run_of_the_same_shapes(finished, make_config, tmp_path):

@@ -52,7 +52,8 @@ def dispatch(
         routing.weight_tk if options.drop == "weight" else None,
     )
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    y_td = serve_buckets(experts.run, axes, (0, capacity), inputs, plan)
+    of_experts = (experts.run, experts.bring)
+    y_td = serve_buckets(*of_experts, axes, (0, capacity), inputs, plan)
     dropped = jnp.sum(jnp.maximum(plan.counts_e - capacity, 0))
     return y_td, statistics(
         routing,

@@ -43,12 +43,28 @@ class Axes:
         return math.prod(jax.lax.axis_size(axis) for axis in self.tokens)
 
 
-@struct(static=("run",))
+@dataclasses.dataclass(frozen=True)
+class Bring:
+    """Brings together the weights of which the shards of `names` hold parts.
+
+    Attributes:
+      names: mesh axes of more than one shard; where there are none the weights are
+        whole.
+      gather: of the weights; its derivative sums the gradient and splits it again.
+      first: name of the weight that rows meet first; "" if none is asked for early.
+    """
+
+    names: tuple[str, ...] = ()
+    gather: Callable[[PyTree], PyTree] = lambda weights: weights
+    first: str = ""
+
+
+@struct(static=("run", "bring"))
 class LocalExperts:
     """The experts of one shard.
 
     Attributes:
-      weights: pytree, each with a leading e.
+      weights: pytree, each with a leading e; parts, of which `bring` makes whole ones.
       run: `(weights, rows (e, C, ...), None) -> (e, C, D)`, and with group sizes (e,)
         `(weights, rows (R, ...), sizes, scale (R,)) -> (R, D)`, where the scale
         multiplies the results and rows beyond the sum of the sizes belong to nobody.
@@ -56,6 +72,11 @@ class LocalExperts:
 
     weights: PyTree
     run: Callable[..., Array]
+    bring: Bring = Bring()
+
+    def whole(self) -> PyTree:
+        """The weights that `run` takes."""
+        return self.bring.gather(self.weights)
 
 
 def exchanged(x: Array) -> Array:

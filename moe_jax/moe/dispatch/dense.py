@@ -22,7 +22,7 @@ def dispatch(
     axes: Axes,
 ) -> tuple[Array, DispatchStats]:
     """`y_t = sum_e w_te f_e(x_t)` over all experts; see `DISPATCHES`."""
-    weights = experts.weights
+    weights = experts.whole()
     if axes.expert:
         gather = lambda w: jax.lax.all_gather(w, axes.expert, axis=0, tiled=True)
         weights = jax.tree.map(gather, weights)

@@ -74,7 +74,7 @@ def dispatch(
     with jax.named_scope("dispatch"):
         sent = jax.tree.map(send, rows)
     with jax.named_scope("experts"):
-        out = experts.run(experts.weights, sent, None)
+        out = experts.run(experts.whole(), sent, None)
     with jax.named_scope("combine"):
         back = from_experts(out, axes)
         back_egcd = back.reshape(num_experts, groups, capacity, back.shape[-1])

@@ -32,7 +32,7 @@ from moe_jax.moe.dispatch.plan import (
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_rounds, serve_buckets
+from moe_jax.moe.dispatch.rounds import behind_first, in_rounds, serve_buckets
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
@@ -68,8 +68,9 @@ def dispatch(
     fullest = largest(jnp.max(plan.counts_e), axes.tokens)
     rounds = rounds_needed(fullest, capacity)
     inputs = vary((rows, routing.weight_tk, experts.weights), axes.every)
-    step = functools.partial(_step, experts.run, axes)
-    y_td = in_rounds(step, inputs, plan, rounds)
+    step = functools.partial(_step, experts.run, experts.bring, axes)
+    given = behind_first(experts.bring, inputs, plan)
+    y_td = in_rounds(step, experts.bring, *given, rounds)
     return y_td, statistics(
         routing,
         axes,
@@ -80,5 +81,6 @@ def dispatch(
     )
 
 
-def _step(run, axes: Axes, index, inputs, plan: Plan) -> Array:
-    return serve_buckets(run, axes, window(index, plan.capacity), inputs, plan)
+def _step(run, bring, axes: Axes, index, inputs, plan: Plan) -> Array:
+    bring = bring if isinstance(index, int) else None
+    return serve_buckets(run, bring, axes, window(index, plan.capacity), inputs, plan)

@@ -3,7 +3,8 @@
 Rows are gathered over the expert axes (all_gather), each shard puts those that chose
 its experts in order (`local`), and the weighted outputs are summed and split again
 (psum_scatter). Further rounds are local: no collective stands in their loop, and no
-shard waits for another's imbalance but at the end.
+shard waits for another's imbalance but at the end, and, where fsdp splits the experts'
+weights, when these are gathered for the rounds after the first.
 
 With n shards it moves `2 T D (n - 1)` elements a shard and pass, whatever K is; an
 exchange of rows moves `2 T K D (n - 1) / n`. So it pays where n is small or K large.
@@ -77,7 +78,8 @@ def dispatch(
     here = local.make_local(
         expert_tk, valid_tk, num_local, served, options.capacity_factor
     )
-    y_td = local.serve(experts.run, (rows, weight_tk, weights), here)
+    inputs = (rows, weight_tk, weights)
+    y_td = local.serve(experts.run, experts.bring, inputs, here)
     if axes.expert:
         with jax.named_scope("combine"):
             y_td = jax.lax.psum_scatter(y_td, axes.expert, tiled=True)

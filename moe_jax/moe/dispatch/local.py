@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import grouped_matmul
-from moe_jax.moe.dispatch.common import Axes
+from moe_jax.moe.dispatch.common import Axes, Bring
 from moe_jax.moe.dispatch.permute import collect, fill, fill_weights
 from moe_jax.moe.dispatch.plan import (
     Plan,
@@ -25,7 +25,13 @@ from moe_jax.moe.dispatch.plan import (
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_loop, in_rounds, serve_buckets
+from moe_jax.moe.dispatch.rounds import (
+    behind_first,
+    bring_for,
+    in_loop,
+    in_rounds,
+    serve_buckets,
+)
 from moe_jax.moe.routing import Array
 from moe_jax.parallel.mesh import platform
 from moe_jax.tree import struct
@@ -93,43 +99,51 @@ def make_local(
     return Local(plan=plan, in_lists=in_lists)
 
 
-def serve(run: Callable[..., Array], inputs, local: Local) -> Array:
+def serve(run: Callable[..., Array], bring: Bring, inputs, local: Local) -> Array:
     """`y_r = sum_k weight_rk f_k(x_r)`, (R, D).
 
     Args:
       run: the experts.
+      bring: makes their weights whole.
       inputs: (rows (R, ...), weight_rk, weights of the experts), varying alike.
       local: the plan.
     """
+    step, rounds = functools.partial(_step, run, bring), local.rounds
+    inputs, local = behind_first(bring, inputs, local)
     if local.holds_all:  # A loop costs GPUs a wait, even where it does not run.
-        return _step(run, 0, inputs, local)
-    return in_rounds(functools.partial(_step, run), inputs, local, local.rounds)
+        return step(0, inputs, local)
+    return in_rounds(step, bring, inputs, local, rounds)
 
 
 def serve_later(run: Callable[..., Array], inputs, local: Local) -> Array:
-    """`serve` within a later exchange, which seldom runs: small rounds in one loop."""
+    """`serve` within a later exchange, which seldom runs: small rounds in one loop.
+
+    The weights are whole.
+    """
     size = later_rows(local.plan.capacity)
     rounds = -(-jnp.max(local.counts) // size)
     return in_loop(functools.partial(_small_step, run), inputs, local, rounds)
 
 
-def _step(run, index, inputs, local: Local) -> Array:
-    return _serve_span(run, window(index, local.plan.capacity), inputs, local)
+def _step(run, bring, index, inputs, local: Local) -> Array:
+    bring = bring if isinstance(index, int) else None
+    return _serve_span(run, bring, window(index, local.plan.capacity), inputs, local)
 
 
 def _small_step(run, index, inputs, local: Local) -> Array:
     size = later_rows(local.plan.capacity)
-    return _serve_span(run, (index * size, size), inputs, local)
+    return _serve_span(run, None, (index * size, size), inputs, local)
 
 
-def _serve_span(run, span, inputs, local: Local) -> Array:
+def _serve_span(run, bring, span, inputs, local: Local) -> Array:
     if not local.in_lists:
-        return serve_buckets(run, Axes(), span, inputs, local.plan)
+        return serve_buckets(run, bring, Axes(), span, inputs, local.plan)
     rows, weight_rk, weights = inputs
     turn, sizes_e = list_round(local.plan, *span)
     with jax.named_scope("dispatch"):
         sent = jax.tree.map(lambda leaf: fill(leaf, turn), rows)
         weight_s = fill_weights(weight_rk, turn)
+    sent, weights = bring_for(bring, sent, weights)
     with jax.named_scope("experts"):
         out = run(weights, sent, sizes_e, weight_s)
     with jax.named_scope("combine"):

@@ -33,7 +33,7 @@ from moe_jax.moe.dispatch.plan import (
     rounds_needed,
     window,
 )
-from moe_jax.moe.dispatch.rounds import in_rounds
+from moe_jax.moe.dispatch.rounds import behind_first, in_rounds
 from moe_jax.moe.routing import Array, Assignments, DispatchStats, PyTree
 from moe_jax.parallel.collectives import largest
 from moe_jax.parallel.varying import vary
@@ -109,8 +109,10 @@ def dispatch(
     rounds = rounds_needed(fullest, capacity)
     num_local = routing.num_experts // shards
     size_of = (served, options.capacity_factor)
-    step = functools.partial(_exchange, experts.run, axes, num_local, size_of)
-    return in_rounds(step, inputs, pairs, rounds), statistics(
+    of_experts = (experts.run, experts.bring)
+    step = functools.partial(_exchange, *of_experts, axes, num_local, size_of)
+    given = behind_first(experts.bring, inputs, pairs)
+    return in_rounds(step, experts.bring, *given, rounds), statistics(
         routing,
         axes,
         rounds=rounds,
@@ -124,7 +126,7 @@ def _alone(factor, mean, inputs, routing, experts, axes):
     """All experts are here, and nothing is exchanged."""
     choices = (routing.expert_tk, routing.valid_tk, routing.num_experts)
     here = local.make_local(*choices, mean, factor)
-    return local.serve(experts.run, inputs, here), statistics(
+    return local.serve(experts.run, experts.bring, inputs, here), statistics(
         routing,
         axes,
         rounds=largest(here.rounds, axes.tokens),
@@ -157,7 +159,7 @@ def _make_pairs(routing: Assignments, shards: int, capacity: int, axes: Axes) ->
     )
 
 
-def _exchange(run, axes, num_local, size_of, index, inputs, pairs) -> Array:
+def _exchange(run, bring, axes, num_local, size_of, index, inputs, pairs) -> Array:
     """One round of exchange: (T, D), zero for what it does not serve."""
     rows, weight_tk, weights = inputs
     first, size = window(index, pairs.plan.capacity)
@@ -178,8 +180,11 @@ def _exchange(run, axes, num_local, size_of, index, inputs, pairs) -> Array:
             jnp.where(valid_rk, expert_rk, 0), weight_rk, valid_rk, num_local
         )
     here = local.make_local(expert_rk, valid_rk, num_local, *size_of)
-    serve = local.serve if isinstance(index, int) else local.serve_later
-    y_rd = serve(run, (rows, weight_rk, weights), here)
+    inputs = (rows, weight_rk, weights)
+    if isinstance(index, int):
+        y_rd = local.serve(run, bring, inputs, here)
+    else:
+        y_rd = local.serve_later(run, inputs, here)
     with jax.named_scope("combine"):
         back_sd = exchange.swap(axes.expert, y_rd, received_n, sent_n)
         return collect(back_sd, turn)

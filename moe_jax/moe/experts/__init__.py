@@ -5,6 +5,7 @@ rngs)`. Its weights are stacked on a leading E with the logical axis "expert".
 
 - `weights()` and `axes()`: nested dicts of arrays and of their logical axes;
 - `before(rows)`: once per token, ahead of the dispatch (may narrow the row);
+- `first`: name of the weight that rows meet first, which is asked for early, or "";
 - `output_biases`: names of the weights that are added to an expert's output, which
   where its width is split must happen on one shard only;
 - `rows(weights, rows, group_sizes, scale)`: static; `rows["features"]` is (e, C, D)

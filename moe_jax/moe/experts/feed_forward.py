@@ -94,6 +94,7 @@ class FeedForwardExperts(nnx.Module):
         out = (num_experts, options.d_ff, d_model)
         axes = ("expert", "expert_embed", "expert_mlp")
         out_axes = ("expert", "expert_mlp", "expert_embed")
+        self.first = "w_gate" if options.gated else "w_up"
         if options.gated:
             self.w_gate = module.matrix(rngs, into, axes, std=std, dtype=dtype)
         self.w_up = module.matrix(rngs, into, axes, std=std, dtype=dtype)

@@ -170,11 +170,8 @@ def _shard(options, with_grads, vocab_names, hidden, matrix, targets, weights, b
     names, across = (), None
     if vocab_names:
         names = rules.mesh_axes("embed")
-        if whole.is_whole(matrix):
-            matrix = whole.bring(matrix, options.axes)
-        else:
-            across = _across(names, rows[0].shape[0], matrix.shape[1 - dim])
-            matrix = _bring(matrix, names, across, dim)
+        across = _across(names, rows[0].shape[0], parts[0].shape[1 - dim])
+        matrix = _bring(matrix, names, across, dim)
         matrix, bias = varying.vary_like((matrix, bias), hidden)
     shards, summed_by, own_bias = 1, vocab_names, bias
     if across:
@@ -230,6 +227,8 @@ def _across(names: tuple[str, ...], tokens: int, vocab: int) -> str | None:
 
 def _bring(part, names, across, dim):
     """All rows of the matrix, (D, V) or (V, D), with V split over `across`."""
+    if whole.is_whole(part):  # Its rows are here, and all of V.
+        return _own(across, part.value, 1 - dim) if across else part.value
     if not across:
         return collectives.gather(part, names, dim)
     # Rows stand by `across` first, so that theirs is a dimension of its own.
@@ -250,10 +249,11 @@ def _send(grad, names, across, dim):
     return jnp.squeeze(x, dim)
 
 
-def _own(name: str, a: jax.Array) -> jax.Array:
+def _own(name: str, a: jax.Array, dim: int = 0) -> jax.Array:
     """This shard's entries of those of a mesh axis."""
-    count = a.shape[0] // jax.lax.axis_size(name)
-    return jax.lax.dynamic_slice_in_dim(a, count * jax.lax.axis_index(name), count)
+    count = a.shape[dim] // jax.lax.axis_size(name)
+    first = count * jax.lax.axis_index(name)
+    return jax.lax.dynamic_slice_in_dim(a, first, count, dim)
 
 
 def _in_chunks(step, total, rows, size):

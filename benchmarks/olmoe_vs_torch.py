@@ -6,8 +6,7 @@ Forward, backward, clipping and AdamW in float32 of `configs/bench/olmoe_small.p
 of `OlmoeForCausalLM` with the same sizes, on the same batch, with as many threads,
 in turn. Of the ways in which transformers runs its experts the fastest is taken,
 measured first. Needs PyTorch and transformers, which moe_jax does not: `pip install
-torch transformers`. The QK-norm differs (each head here, all of them there); the work
-does not.
+torch transformers`.
 """
 
 import argparse

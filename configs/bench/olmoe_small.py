@@ -3,8 +3,7 @@
 python benchmarks/olmoe_vs_torch.py
 
 4 layers of width 512, 8 heads of 64, 64 experts of width 256 of which 8 serve a
-token, as in OLMoE, vocabulary 8192; 4 rows of 512 tokens; float32. Of OLMoE it lacks
-one thing: the QK-norm is over each head, not over all of them.
+token, as in OLMoE, vocabulary 8192; 4 rows of 512 tokens; float32.
 """
 
 from moe_jax.config import Config, DataConfig, MeshConfig, TrainConfig
@@ -36,7 +35,7 @@ def get_config() -> Config:
                 dispatch=Auto(),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.0),
             ),
-            qk_norm="head",
+            qk_norm="projection",
             norm_eps=1e-5,
             tie_embeddings=False,
             dtype="float32",

@@ -22,7 +22,7 @@ MESH = "--mesh=expert=4,data=2"
 
 CONFIG = """
 from moe_jax.config import *
-from moe_jax.data.sources import TextFiles
+from moe_jax.data.sources import Instructions
 from moe_jax.data.tokenizers import Bytes
 from moe_jax.models.decoder import Decoder
 from moe_jax.moe.balance import Balance
@@ -46,7 +46,8 @@ def get_config():
         ),
         objective=NextToken(),
         data=DataConfig(
-            source=TextFiles(path={text!r}), tokenizer=Bytes(), sequence_length=16,
+            source=Instructions(path={text!r}, user="{{}}=", assistant="{{}}"),
+            tokenizer=Bytes(), sequence_length=16,
             folder={cache!r}, workers=1, validation_fraction=0.2,
         ),
         optimizer=AdamW(learning_rate=0.01),
@@ -181,11 +182,13 @@ def test_parameters_in_bfloat16(hub, tmp_path, good):
 
 @pytest.mark.slow
 def test_fine_tuning(hub, tmp_path, good):
-    """Import with a config, score, train and write with nothing but the workdir."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(10):
-        (text / f"{i}.txt").write_text("all work and no play\n" * 30)
+    """Import with a config, score, train and write with nothing but the workdir.
+
+    The loss is that of answers; questions are all different.
+    """
+    text = tmp_path / "examples.jsonl"
+    example = lambda i: json.dumps({"prompt": f"{i * 7919 % 1000}", "answer": "all"})
+    text.write_text("\n".join(map(example, range(100))))
     recipe = tmp_path / "tune.py"
     recipe.write_text(CONFIG.format(text=str(text), cache=str(tmp_path / "cache")))
     run = tmp_path / "run"
@@ -214,7 +217,7 @@ def test_fine_tuning(hub, tmp_path, good):
     assert not np.array_equal(trained[GATE], hand_made.tensors()[GATE])
     # A run of its own may begin at it, and then has another text.
     other = tmp_path / "other"
-    (text / "0.txt").write_text("another text\n" * 30)
+    text.write_text("\n".join(map(example, range(50, 150))))
     good("train", f"--config={run}/config.json", f"--workdir={other}",
          f"--config.train.warm_start={run}", "--config.train.steps=1")  # fmt: skip
 

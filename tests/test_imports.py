@@ -14,6 +14,7 @@ ROOT = pathlib.Path(moe_jax.__file__).parent
 # which itself writes texts.
 FLOORS = [
     {"errors", "tree"},
+    {"config_bases"},
     {"config"},
     {"config_json"},
     {"parallel"},

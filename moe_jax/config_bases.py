@@ -1,0 +1,142 @@
+"""Bases of the config classes: a choice of method derives from one of these.
+
+They know neither the tree (`config.py`, which offers them too) nor any method.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+node = dataclasses.dataclass(slots=True, kw_only=True)
+
+
+class Node:
+    """Base of every config class."""
+
+    __slots__ = ()
+
+    def problems(self, path: str, root: "Node") -> Iterator[str]:
+        """Yields one message a problem: path and value, the rule, the mend.
+
+        Args:
+          path: of this node.
+          root: the whole tree, a `config.Config`.
+        """
+        return iter(())
+
+
+class ModelConfig(Node):
+    """Base of the model families (`models/`)."""
+
+    __slots__ = ()
+
+    def rows_together(self) -> int:
+        """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
+        return 1
+
+    def uses_host(self) -> bool:
+        """Whether activations wait in the memory of the host, by its `remat`."""
+        return False
+
+
+class AttentionConfig(Node):
+    """Base of the attentions (`nn/attention/`)."""
+
+    __slots__ = ()
+
+
+class RopeScalingConfig(Node):
+    """Base of the scalings of rotary positions (`nn/rope.py`)."""
+
+    __slots__ = ()
+
+
+class FeedForwardConfig(Node):
+    """Base of a block's feed-forward: dense or MoE."""
+
+    __slots__ = ()
+
+
+class ScorerConfig(Node):
+    """Base of the scorers (`moe/scorers/`)."""
+
+    __slots__ = ()
+
+
+class SelectorConfig(Node):
+    """Base of the selectors (`moe/selectors/`)."""
+
+    __slots__ = ()
+
+    def experts_per_token(self, num_experts: int, sequence_length: int = 0) -> float:
+        """Experts whose work a token costs on average; for counts of FLOPs.
+
+        Without a sequence length: experts whose parameters may serve one token.
+        """
+        return float(getattr(self, "top_k", num_experts))
+
+    def rows_together(self) -> int:
+        """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
+        return 1
+
+    def size_problems(self, path: str, num_experts: int) -> Iterator[str]:
+        """Rules that need E; `path` is that of the selector."""
+        for name in ("top_k", "k_max"):
+            value = getattr(self, name, 1)
+            if value > num_experts:
+                yield (
+                    f"{path}.{name}={value} is more than "
+                    f"{path.rpartition('.')[0]}.num_experts={num_experts}"
+                )
+
+
+class NoiseConfig(Node):
+    """Base of the routers' noise in training (`moe/noises/`)."""
+
+    __slots__ = ()
+
+
+class DispatchConfig(Node):
+    """Base of the dispatches (`moe/dispatch/`)."""
+
+    __slots__ = ()
+
+
+class ExpertsConfig(Node):
+    """Base of the expert kinds (`moe/experts/`)."""
+
+    __slots__ = ()
+
+
+class ObjectiveConfig(Node):
+    """Base of the objectives (`objectives/`).
+
+    Attributes:
+      autoregressive: whether a prediction must not depend on later positions.
+    """
+
+    __slots__ = ()
+    autoregressive = False
+
+
+class SourceConfig(Node):
+    """Base of the data sources (`data/sources/`)."""
+
+    __slots__ = ()
+
+
+class TokenizerConfig(Node):
+    """Base of the tokenizers (`data/tokenizers.py`)."""
+
+    __slots__ = ()
+
+
+class OptimizerConfig(Node):
+    """Base of the optimizers (`train/optimizers.py`)."""
+
+    __slots__ = ()
+
+
+class ScheduleConfig(Node):
+    """Base of the learning rate schedules (`train/schedules.py`)."""
+
+    __slots__ = ()

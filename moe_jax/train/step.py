@@ -1,6 +1,7 @@
 """The train step: pure functions; `make_step` jits them with donated state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,34 +95,13 @@ def compute_gradients(
     weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     # Of the weights' type: a quotient of integers is in float32 always.
     tokens = jnp.maximum(_tokens(batch), 1).astype(weight.dtype)
-    params, frozen = state.params, state.frozen
-    if config.train.gather_once:
-        with jax.named_scope("gathered_once"):
-            params, frozen = (module.gathered(p, model) for p in (params, frozen))
-    forward = _forward(config, model, state.step, frozen, mode, override)
-
-    def total(params, router_state, micro, index):
-        found = forward(params, router_state, micro, index)
-        share = 1.0 if count == 1 else _tokens(micro) / tokens
-        aux = _weighted(found.aux, share)
-        value = found.sum / weight + aux_loss(aux)
-        return value, (found.nll, found.observations, aux)
-
-    gradient = _with_gradient(model, state.params, params, total)
-
-    def one(*given):
-        (value, (nll, observations, aux)), grads = gradient(*given)
-        return value, nll, grads, observations, aux
-
+    look, one = _passes(config, model, state, mode, override, weight, tokens)
     if count == 1:
         sums = one(state.router_state, batch, 0)
     else:
         micros, router_state = micro_batches(batch, count), state.router_state
         if model.needs_step_load:
-            look = lambda m, i: forward(params, state.router_state, m, i)
-            observed = lambda m, i: look(m, i).observations
-            seen = _sum_over(observed, micros, count, _add)
-            router_state = model.with_step_load(router_state, seen)
+            router_state = _with_step_load(model, look, router_state, micros, count)
         step = lambda m, i: one(router_state, m, i)
         sums = _sum_over(step, micros, count, _add_results)
     loss, nll, grads, observations, aux = sums
@@ -133,6 +113,51 @@ def compute_gradients(
         observations=observations,
         aux=aux,
     )
+
+
+def _passes(config, model, state, mode, override, weight, tokens):
+    """What is done with a micro-batch.
+
+    Args:
+      config: the config.
+      model: the code.
+      state: of the step.
+      mode: of the model.
+      override: of the routers.
+      weight: () float, scored tokens of the step.
+      tokens: () float, routed tokens of the step.
+
+    Returns:
+      `(router_state, micro-batch, its index) -> Loss`, and of the same arguments its
+      part of loss, nll, gradients, observations and aux of the step.
+    """
+    params, frozen = state.params, state.frozen
+    if config.train.gather_once:
+        with jax.named_scope("gathered_once"):
+            params, frozen = (module.gathered(p, model) for p in (params, frozen))
+    forward = _forward(config, model, state.step, frozen, mode, override)
+
+    def total(params, router_state, micro, index):
+        found = forward(params, router_state, micro, index)
+        share = 1.0 if config.train.accumulation == 1 else _tokens(micro) / tokens
+        aux = _weighted(found.aux, share)
+        value = found.sum / weight + aux_loss(aux)
+        return value, (found.nll, found.observations, aux)
+
+    gradient = _with_gradient(model, state.params, params, total)
+
+    def one(*given):
+        (value, (nll, observations, aux)), grads = gradient(*given)
+        return value, nll, grads, observations, aux
+
+    return functools.partial(forward, params), one
+
+
+def _with_step_load(model, forward, router_state, micros, count):
+    """The router state with what a first pass over all micro-batches observes."""
+    observed = lambda m, i: forward(router_state, m, i).observations
+    seen = _sum_over(observed, micros, count, _add)
+    return model.with_step_load(router_state, seen)
 
 
 def _with_gradient(model, params, values, total):

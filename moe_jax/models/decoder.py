@@ -8,12 +8,7 @@ import jax.numpy as jnp
 from moe_jax.models import multi_token, remat
 from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.block import Block, Outer
-from moe_jax.models.decoder_config import (
-    Decoder,
-    Kind,
-    Segment,
-    segments_of,
-)
+from moe_jax.models.decoder_config import Decoder, Kind, Segment, segments_of
 from moe_jax.moe import balance
 from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE
@@ -22,7 +17,7 @@ from moe_jax.moe.scorers import SCORERS
 from moe_jax.nn import attention, cross_entropy, module
 from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
-from moe_jax.nn.remat import scan_blocks
+from moe_jax.nn.remat import scan_blocks, under
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
 
@@ -55,10 +50,8 @@ class DecoderModel:
                 lambda rngs: multi_token.MultiToken(options, rngs=rngs)
             )
             for name in self._ahead_names():
-                self.axes[name], self.rounded[name] = (
-                    self._ahead.axes,
-                    self._ahead.rounded,
-                )
+                self.axes[name] = self._ahead.axes
+                self.rounded[name] = self._ahead.rounded
                 self.whole[name] = self._ahead.whole
 
     def _named_segments(self):
@@ -227,34 +220,24 @@ class DecoderModel:
     ) -> tuple[list[jax.Array], dict[str, Observation], MoEAux | None]:
         """See `Model.ahead`."""
         outer, found, observations, auxes = self._bound_outer(params), [], {}, []
-        policies = remat.policies(self.options.remat)
+
+        def run(params, normed, tokens, of_block):
+            embedded = outer.embed(tokens.tokens, self.options.dtype)
+            module = self._ahead.bind(params)
+            return module(normed, embedded, tokens, carry=None, mode=mode, **of_block)
+
         for k, name in enumerate(self._ahead_names()):
-            layer = self.num_moe_layers + k
-            of_layer = lambda a, i=layer: a[i]
+            pick = lambda tree, i: tree and jax.tree.map(lambda a: a[i], tree)
             fold = self.options.num_layers + k
-
-            def run(given, tokens, x, fold=fold):
-                embedded = outer.embed(tokens.tokens, self.options.dtype)
-                return self._ahead.bind(given["params"])(
-                    x,
-                    embedded,
-                    tokens,
-                    state=jax.tree.map(lambda a: a[0], given["state"]),
-                    carry=None,
-                    key=None if key is None else jax.random.fold_in(key, fold),
-                    mode=mode,
-                    override=given["override"],
-                )
-
-            policy = policies[k % len(policies)]
-            if mode.train and policy is not None:
-                run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-            given = dict(
-                params=params[name],
-                state=router_state.get(name, {}).get("block"),
-                override=override and jax.tree.map(of_layer, override),
+            of_block = dict(
+                state=pick(router_state.get(name, {}).get("block"), 0),
+                key=None if key is None else jax.random.fold_in(key, fold),
+                override=pick(override, self.num_moe_layers + k),
             )
-            normed, aux = run(given, multi_token.ahead(inputs, k + 1), normed)
+            policy = self._policies(mode)[k % len(self._policies(mode))]
+            normed, aux = under(policy, run)(
+                params[name], normed, multi_token.ahead(inputs, k + 1), of_block
+            )
             found.append(normed)
             if aux is not None:
                 aux = jax.tree.map(lambda a: a[None], aux)
@@ -319,8 +302,11 @@ class DecoderModel:
                     auxes[name] = aux
             return (x, carry), (caches, auxes)
 
-        policies = remat.policies(self.options.remat) if mode.train else (None,)
-        return scan_blocks(body, policies[: seg.repeats], (x, carry), layers)
+        policies = self._policies(mode)[: seg.repeats]
+        return scan_blocks(body, policies, (x, carry), layers)
+
+    def _policies(self, mode: Mode):
+        return remat.policies(self.options.remat) if mode.train else (None,)
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token."""

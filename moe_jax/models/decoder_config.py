@@ -48,8 +48,8 @@ class Decoder(config.ModelConfig):
       tie_embeddings: one matrix for input and output.
       output_bias: add a vector to the logits; it begins at zero.
       logit_softcap: c of `c tanh(logit / c)`; 0: none.
-      mtp: modules that predict one token further each (`models.multi_token`); what
-        they cost is `objective.mtp_weight`. Generation leaves them out.
+      mtp: modules that predict one token further each (`models.multi_token`); their
+        loss has the weight `objective.mtp_weight`. Generation leaves them out.
       init_std: deviation of the initial weights; the projections back to the
         residual stream get it divided by sqrt(2 * num_layers) (GPT-2).
       dtype: of the computation.

@@ -30,7 +30,7 @@ def scan_blocks(
     Returns:
       The last carry, and outputs stacked to (L, ...).
     """
-    bodies = [_under(policy, body) for policy in policies]
+    bodies = [under(policy, body) for policy in policies]
     if len(bodies) == 1:
         return jax.lax.scan(bodies[0], carry, layers)
 
@@ -46,7 +46,8 @@ def scan_blocks(
     return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
 
 
-def _under(policy, body):
+def under(policy: Callable[..., Any] | None, body: Callable) -> Callable:
+    """The function, whose derivative computes again what the policy does not keep."""
     if policy is None:
         return body
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

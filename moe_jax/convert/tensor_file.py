@@ -3,7 +3,8 @@
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name to
 type, shape, and where the bytes lie), and the bytes of the tensors, without gaps. A
 reader maps one tensor at a time, so that only what is touched is read, and nothing of a
-file can be executed.
+file can be executed. (The format's own library, `safetensors`, has no FP8 for numpy,
+and writes a file only of tensors that are all in memory.)
 """
 
 import dataclasses

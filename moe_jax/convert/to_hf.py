@@ -55,8 +55,14 @@ def convert(
       say: shows a line to the user.
 
     Raises:
-      UserError: no family expresses the model, or the folder cannot be written.
+      UserError: no family expresses the model, the folder cannot be written, or several
+        processes were started.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"one process writes --out={out}, but {jax.process_count()} were started; "
+            "start one, with --mesh for the devices that it has"
+        )
     kept = os.path.join(workdir, run_config.BESIDE)
     chosen = choose(config.model, family or _imported(kept).get("model_type", ""))
     loaded = load.load(workdir, config, step)

@@ -85,10 +85,8 @@ def _selector(fields: Fields):
         scale=fields.number("routed_scaling_factor", 1.0),
     )
     if method == "greedy":
-        (
-            fields.get("n_group", None),
-            fields.get("topk_group", None),
-        )  # They do not count.
+        for name in ("n_group", "topk_group"):
+            fields.get(name, None)  # It does not count.
         return TopK(**chosen)
     return GroupLimited(
         **chosen,

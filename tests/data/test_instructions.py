@@ -137,7 +137,10 @@ def test_held_out_examples_and_identity(written):
         ("{", "line examples.jsonl:2 is not JSON"),
         ("[1]", "is no JSON object"),
         ('{"prompt": "a"}', "has neither 'messages' nor 'answer'"),
-        ('{"prompt": "a", "answer": 3}', "has a assistant message that is no text"),
+        (
+            '{"prompt": "a", "answer": 3}',
+            "role 'assistant' that is no text",
+        ),
         ('{"prompt": "a", "answer": ""}', "has no answer"),
         ('{"messages": 3}', "has 'messages' that are no list"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "role 'tool'"),

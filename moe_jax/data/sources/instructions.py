@@ -125,7 +125,7 @@ def _messages(
         messages = [(role, example[field]) for field, role in fields.items()]
     for role, content in messages:
         if not isinstance(content, str):
-            raise _bad(source, name, f"has a {role} message that is no text")
+            raise _bad(source, name, f"has a message of role {role!r} that is no text")
     if not any(role == "assistant" and content for role, content in messages):
         raise _bad(source, name, "has no answer, so nothing to learn")
     yield from messages

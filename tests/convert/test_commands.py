@@ -4,15 +4,17 @@ import importlib
 import json
 
 import hand_made
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from moe_jax.cli import common
 from moe_jax.cli.main import module_of
-from moe_jax.config import MeshConfig
-from moe_jax.convert import tensor_file
+from moe_jax.config import Config, MeshConfig
+from moe_jax.convert import tensor_file, to_hf
 from moe_jax.data.tokenizers import Bytes, HuggingFaceTokenizer
+from moe_jax.errors import UserError
 from moe_jax.infer import load
 from moe_jax.train import workdir
 
@@ -220,6 +222,12 @@ def test_fine_tuning(hub, tmp_path, good):
     text.write_text("\n".join(map(example, range(50, 150))))
     good("train", f"--config={run}/config.json", f"--workdir={other}",
          f"--config.train.warm_start={run}", "--config.train.steps=1")  # fmt: skip
+
+
+def test_one_process_exports(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="one process writes .*, but 2 were started"):
+        to_hf.convert("run", str(tmp_path / "out"), Config())
 
 
 def truncate(hub):

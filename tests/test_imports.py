@@ -21,6 +21,7 @@ FLOORS = [
     {"nn"},
     {"moe"},
     {"models"},
+    {"diffusion"},
     {"objectives"},
     {"data", "checkpoint", "observe"},
     {"infer"},

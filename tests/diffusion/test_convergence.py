@@ -71,18 +71,16 @@ def test_published_errors_on_a_flow(options, want):
 @pytest.mark.parametrize(
     ("options", "process", "counts", "low", "high"),
     [
-        (Euler(), FLOW, [20, 40, 80], 1.9, 2.1),
-        (Heun(), FLOW, [20, 40, 80], 3.6, 4.1),
-        (DPMSolverPP(), FLOW, [80, 160, 320], 3.2, 4.1),
-        (DEIS(order=1), FLOW, [20, 40, 80], 3.7, 4.1),
-        (DEIS(order=2), FLOW, [20, 40, 80], 3.9, 7.0),
-        (DEIS(order=3), FLOW, [40, 80, 160], 3.9, 7.0),
-        (Euler(), SCHEDULE, [20, 40, 80], 1.9, 2.1),
-        (DDIM(), SCHEDULE, [20, 40, 80], 1.9, 2.1),
-        (Heun(), SCHEDULE, [20, 40, 80], 3.8, 4.4),
-        (Heun(spacing="karras"), SCHEDULE, [10, 20, 40], 3.8, 6.0),
+        (DPMSolverPP(), FLOW, [80, 160], 3.2, 4.1),
+        (DEIS(order=1), FLOW, [20, 40], 3.7, 4.1),
+        (DEIS(order=2), FLOW, [20, 40], 3.9, 7.0),
+        (DEIS(order=3), FLOW, [40, 80], 3.9, 7.0),
+        (Euler(), SCHEDULE, [40, 80], 1.9, 2.1),
+        (DDIM(), SCHEDULE, [40, 80], 1.9, 2.1),
+        (Heun(), SCHEDULE, [40, 80], 3.8, 4.4),
+        (Heun(spacing="karras"), SCHEDULE, [20, 40], 3.8, 6.0),
         (DPMSolverPP(), SCHEDULE, [40, 80, 160], 3.6, 4.3),
-        (DEIS(order=1), SCHEDULE, [20, 40, 80], 3.6, 4.3),
+        (DEIS(order=1), SCHEDULE, [20, 40], 3.6, 4.3),
         (DEIS(order=2), SCHEDULE, [10, 20, 40], 7.0, 12.0),
     ],
 )
@@ -94,9 +92,8 @@ def test_halving_the_steps(options, process, counts, low, high):
 
 
 def test_higher_order_is_better_at_twenty_steps():
-    for process in (FLOW, SCHEDULE):
-        found = [errors(DEIS(order=q), process, [20])[0] for q in (0, 1, 2)]
-        assert found[0] > 3 * found[1] > 9 * found[2], found
+    found = [errors(DEIS(order=q), FLOW, [20])[0] for q in (0, 1, 2)]
+    assert found[0] > 8 * found[1] > 64 * found[2], found
 
 
 def test_deis_coefficients_equal_exact_integrals():

@@ -58,8 +58,8 @@ def test_the_two_costs_choose_differently():
 
 
 def test_transport_of_numbers_keeps_their_order():
-    images = slow.images((12, 1, 1, 1), seed=3)
-    found = noise_of(pairing.OptimalTransport(), jnp.ones(12), images)
+    images = slow.images((24, 1, 1, 1), seed=3)
+    found = noise_of(pairing.OptimalTransport(), ONES, images)
     np.testing.assert_array_equal(np.argsort(found.ravel()), np.argsort(images.ravel()))
 
 
@@ -71,9 +71,6 @@ def test_padding_takes_what_is_left(options, metric):
     cost = cdist(flat(IMAGES)[real], flat(PLAIN), metric)
     rows, columns = linear_sum_assignment(cost)
     np.testing.assert_array_equal(found[real[rows]], PLAIN[columns])
-    other = IMAGES.copy()
-    other[[0, 5, 23]] = 100.0
-    np.testing.assert_array_equal(noise_of(options, weights, other)[real], found[real])
 
 
 def test_nearest_of_k_takes_the_nearest():
@@ -85,7 +82,7 @@ def test_nearest_of_k_takes_the_nearest():
     assert len({np.argmin(((IMAGES - d) ** 2).sum((1, 2, 3))) for d in drawn}) > 1
 
 
-@pytest.mark.parametrize("options", [o for o, _ in PERMUTING] + [pairing.Nearest()])
+@pytest.mark.parametrize("options", [pairing.Immiscible(), pairing.Nearest()])
 def test_the_mesh_does_not_matter(axes_mesh, options):
     sharding = NamedSharding(axes_mesh(data=8), PartitionSpec("data"))
     images = jax.device_put(IMAGES, sharding)

@@ -140,3 +140,39 @@ class ScheduleConfig(Node):
     """Base of the learning rate schedules (`train/schedules.py`)."""
 
     __slots__ = ()
+
+
+class ProcessConfig(Node):
+    """Base of the noise processes (`diffusion/processes/`)."""
+
+    __slots__ = ()
+
+
+class TimesConfig(Node):
+    """Base of the distributions of diffusion times (`diffusion/times.py`)."""
+
+    __slots__ = ()
+
+
+class LossWeightConfig(Node):
+    """Base of the weights of a denoising loss by time (`diffusion/weights.py`)."""
+
+    __slots__ = ()
+
+
+class PairingConfig(Node):
+    """Base of the choices of noise for an image (`diffusion/pairing.py`)."""
+
+    __slots__ = ()
+
+
+class GuidanceConfig(Node):
+    """Base of the guidances of a sampler (`diffusion/guidance.py`)."""
+
+    __slots__ = ()
+
+
+class SamplerConfig(Node):
+    """Base of the samplers of images (`diffusion/samplers/`)."""
+
+    __slots__ = ()

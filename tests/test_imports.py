@@ -22,6 +22,7 @@ FLOORS = [
     {"nn"},
     {"moe"},
     {"models"},
+    {"diffusion"},
     {"objectives"},
     {"data", "checkpoint", "observe"},
     {"infer"},

@@ -24,8 +24,11 @@ def decode(content: bytes, name: str) -> np.ndarray:
     image_lib = pillow(f"image {name!r}")
     from PIL import ImageOps
 
+    formats = ("PNG", "JPEG")
     try:
-        with image_lib.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        with image_lib.open(io.BytesIO(content), formats=formats) as image:
+            image.verify()  # the checksums of a PNG, up to its end
+        with image_lib.open(io.BytesIO(content), formats=formats) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
@@ -124,10 +127,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:
     image_lib = pillow(f"data.image_size={size}: scaling images")
-    from PIL import ImageOps
-
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
     made = image_lib.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    made = ImageOps.fit(made, (size, size), method=image_lib.Resampling.BICUBIC)
+    made = made.resize((size, size), image_lib.Resampling.BICUBIC)
     return np.asarray(made).reshape(size, size, image.shape[2])
 
 

@@ -3,8 +3,8 @@
 They are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and
 C. Kaynak, UCI Machine Learning Repository, 1998, doi.org/10.24432/C50P49, published
 there under CC BY 4.0), which scikit-learn distributes as `load_digits`. `digits.npz`
-holds images uint8 (1797, 8, 8), each value how many of 4 x 4 pixels were dark, and labels
-uint8 (1797,).
+holds images uint8 (1797, 8, 8), each value how many of 4 x 4 pixels were dark, and
+labels uint8 (1797,).
 """
 
 import hashlib

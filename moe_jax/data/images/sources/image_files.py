@@ -20,9 +20,9 @@ class ImageFiles(config_lib.ImageSourceConfig):
     """Images in files; a folder of them needs the extra `images` (Pillow).
 
     Of a folder each subfolder is a class: in order of their numbers where all names are
-    numbers, otherwise of their names. An npz file holds `images`, uint8 or uint16 (N, H,
-    W) or (N, H, W, C), and `labels`, whole numbers from 0. Hidden files and folders do
-    not count.
+    numbers, otherwise of their names; one without images is none. An npz file holds
+    `images`, uint8 or uint16, (N, H, W) or (N, H, W, C), and `labels`, whole numbers
+    from 0. Hidden files and folders do not count.
 
     Attributes:
       path: a folder, or an npz file.

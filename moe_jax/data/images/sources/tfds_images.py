@@ -4,6 +4,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from moe_jax import config as config_lib
 from moe_jax.data import documents
 from moe_jax.data.images import examples, pixels
@@ -92,7 +94,7 @@ def _check_image(source: TfdsImages, info: Any) -> None:
             f"data.source.feature={source.feature!r} of {source.name!r} is no image "
             f"({feature}); its features are {sorted(info.features)}"
         )
-    if feature.np_dtype not in ("uint8", "uint16"):
+    if np.dtype(feature.np_dtype) not in (np.uint8, np.uint16):
         raise UserError(
             f"data.source.feature={source.feature!r} of {source.name!r} holds pixels "
             f"of {feature.np_dtype}; uint8 and uint16 can be read"

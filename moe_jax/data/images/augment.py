@@ -33,11 +33,13 @@ def augment(
         return images
     count, height, width, _ = images.shape
     draw_b4 = draws(seed, place, count)
+    mirrored_b = (draw_b4[:, 2] >> np.uint64(63)).astype(bool) & flip
     # Shifts lie in [-padding, padding].
     shift_b2 = (draw_b4[:, :2] % np.uint64(2 * padding + 1)).astype(np.int64) - padding
     row_bh = np.clip(np.arange(height) + shift_b2[:, :1], 0, height - 1)
     column_bw = np.clip(np.arange(width) + shift_b2[:, 1:], 0, width - 1)
-    mirrored_b = (draw_b4[:, 2] >> np.uint64(63)).astype(bool) & flip
-    column_bw = np.where(mirrored_b[:, None], column_bw[:, ::-1], column_bw)
-    image_b = np.arange(count)[:, None, None]
-    return images[image_b, row_bh[:, :, None], column_bw[:, None, :]]
+    made = np.empty_like(images)
+    for b in range(count):  # the rows of one image lie near each other
+        image = images[b, :, ::-1] if mirrored_b[b] else images[b]
+        made[b] = image[row_bh[b]][:, column_bw[b]] if padding else image
+    return made

@@ -150,4 +150,7 @@ def difference(shape: tuple[int, ...], first: tuple[int, ...]) -> tuple[str, str
 
 def values(images: np.ndarray) -> np.ndarray:
     """uint8 to float32 in [-1, 1]."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    made = images.astype(np.float32)
+    made /= np.float32(127.5)
+    made -= np.float32(1)
+    return made

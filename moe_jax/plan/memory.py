@@ -205,9 +205,13 @@ class Names:
                     self._loops[instruction.reference("body")] = instruction
                     self._loops[instruction.reference("condition")] = instruction
         entry = module.computations[module.entry]
-        self._parameters = {
-            i.index: i.op_name for i in entry.instructions if i.opcode == "parameter"
-        }
+        self._parameters: dict[int, str] = {}
+        named, found = "", (i for i in entry.instructions if i.opcode == "parameter")
+        for i in sorted(found, key=lambda i: i.index):
+            # XLA gives some the name of the loop that takes them. They are in the order
+            # of the state: such a one is of the kind of that before it.
+            named = named if i.op_name.startswith("jit(") else i.op_name
+            self._parameters[i.index] = named
 
     def parameter(self, index: int) -> str:
         return self._parameters.get(index, "")

@@ -128,14 +128,14 @@ def test_finds_expert_gradients_that_grow_with_the_shards(monkeypatch):
         return w
 
     scaled.defvjp(lambda w: (w, None), lambda _, g: (g * shards(("expert",)),))
-    original = sharded._gather_fsdp
+    original = sharded._add_once
 
-    def gather(weights, axes):
+    def add_once(weights, *rest):
         if shards(("expert",)) > 1:
             weights = jax.tree.map(scaled, weights)
-        return original(weights, axes)
+        return original(weights, *rest)
 
-    monkeypatch.setattr(sharded, "_gather_fsdp", gather)
+    monkeypatch.setattr(sharded, "_add_once", add_once)
     result = fails("float32", "expert=4,data=2")
     assert result.worst.name.startswith(f"grad/{BLOCK}/moe/experts/w_")
     assert result.worst.error == pytest.approx(3, rel=1e-3), "four times as large"

@@ -20,7 +20,8 @@ def long_description() -> str:
 
 
 PLAN = ["libtpu"]
-TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tokenizers"]
+TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+TEST += ["tokenizers", "pillow"]
 
 setup(
     name="moe_jax",
@@ -31,6 +32,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["moe_jax*"]),
+    package_data={"moe_jax.data.images.sources": ["digits.npz"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.12",
@@ -53,6 +55,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "plan": PLAN,
         "hf": ["tokenizers"],
+        "images": ["pillow"],
         "parity": ["transformers>=5.23", "torch", "safetensors"],
         "tf": ["tensorflow-cpu"],
         "plots": ["matplotlib"],

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 
 from moe_jax.config_bases import (  # noqa: F401  Offered here too.
     AttentionConfig,
+    BaseDataConfig,
     DispatchConfig,
     ExpertsConfig,
     FeedForwardConfig,
     GuidanceConfig,
+    ImageSourceConfig,
     LossWeightConfig,
     ModelConfig,
     Node,
@@ -83,43 +85,28 @@ class MeshConfig(Node):
 
 
 @node
-class DataConfig(Node):
+class DataConfig(BaseDataConfig):
     """Where text comes from and how it becomes rows of tokens.
 
     Attributes:
       source: which documents.
       tokenizer: bytes to token ids.
       sequence_length: tokens per row, S.
-      folder: where prepared datasets and token files are cached.
-      validation_fraction: share of documents held out, chosen by a hash of the path;
-        must be 0 for a source that names a validation split of its own.
-      prefetch: rows read ahead, in batches.
-      workers: processes that tokenise; 0 uses all cores.
     """
 
+    kind = "text"
+    source_base = SourceConfig
+    room = "moe_jax.data.sources"
     source: SourceConfig | None = None
     tokenizer: TokenizerConfig | None = None
     sequence_length: int = 256
-    folder: str = "~/.cache/moe_jax"
-    validation_fraction: float = 0.05
-    prefetch: int = 4
-    workers: int = 0
 
     def problems(self, path, root):
-        if self.source is None:
-            yield f"{path}.source is not set: choose one of moe_jax.data.sources"
+        yield from BaseDataConfig.problems(self, path, root)
         if self.tokenizer is None:
             yield f"{path}.tokenizer is not set: Bytes() needs no file"
         if self.sequence_length < 2:
             yield f"{path}.sequence_length={self.sequence_length}: must be at least 2"
-        if not 0 <= self.validation_fraction < 1:
-            yield (
-                f"{path}.validation_fraction={self.validation_fraction}: "
-                "must lie in [0, 1)"
-            )
-        for name in ("prefetch", "workers"):
-            if getattr(self, name) < 0:
-                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
 
 
 @node
@@ -211,6 +198,12 @@ class EvalConfig(Node):
         for name in ("every", "max_batches", "samples", "sample_tokens"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+        for name in ("baselines", "samples", "prompt"):
+            if getattr(self, name) and root.data.kind != "text":
+                yield (
+                    f"{path}.{name}={getattr(self, name)!r}: is for text, and "
+                    f"config.data holds {root.data.kind}; leave it out"
+                )
 
 
 @node
@@ -266,7 +259,7 @@ class Config(Node):
     seed: int = 0
     model: ModelConfig | None = None
     objective: ObjectiveConfig | None = None
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: BaseDataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -289,12 +282,20 @@ class Config(Node):
                 f"by data * fsdp * expert = {shards} of {path}.mesh; set batch_size "
                 f"to a multiple of {shards * max(1, self.train.accumulation)}"
             )
-        if self.mesh.context > 0 and self.data.sequence_length % self.mesh.context:
+        if self.mesh.context > 0 and self.positions() % self.mesh.context:
+            rows = f"the {self.positions()} positions of a row"
+            if isinstance(self.data, DataConfig):
+                rows = f"{path}.data.sequence_length={self.positions()}"
             yield (
-                f"{path}.data.sequence_length={self.data.sequence_length} is not "
-                f"divisible by {path}.mesh.context={self.mesh.context}; context takes "
-                f"one of {divisors(self.data.sequence_length)}"
+                f"{rows} is not divisible by {path}.mesh.context={self.mesh.context}; "
+                f"context takes one of {divisors(self.positions())}"
             )
+
+    def positions(self) -> int:
+        """Positions of a row in the model, S; 0 while the model is not set."""
+        if isinstance(self.data, DataConfig):
+            return self.data.sequence_length
+        return self.model.positions(self.data) if self.model is not None else 0
 
 
 def divisors(n: int, most: int = 12) -> list[int]:
@@ -329,13 +330,39 @@ def all_problems(value: Node, path: str, root: Config) -> Iterator[str]:
         yield from all_problems(child, child_path, root)
 
 
+def require_kind(config: Config, kind: str, what: str) -> None:
+    """Raises UserError where `what` needs data of another kind than the config has."""
+    given = config.data
+    if given.kind != kind:
+        raise UserError(
+            f"{what} needs {kind}, and config.data={type(given).__name__} holds "
+            f"{given.kind}"
+        )
+
+
+def _kind_problems(config: Config, path: str) -> Iterator[str]:
+    """Where the model or the objective is made for another kind of data."""
+    given = config.data
+    nodes = {"model": config.model, "objective": config.objective}
+    wanted = {k: v for k, v in nodes.items() if v and v.data_kind != given.kind}
+    if wanted:
+        who = " and ".join(f"{k}={type(v).__name__}" for k, v in wanted.items())
+        kinds = sorted({v.data_kind for v in wanted.values()})
+        yield (
+            f"{path}.data={type(given).__name__} holds {given.kind}, but {path}.{who} "
+            f"needs {' and '.join(kinds)}; change one of them"
+        )
+
+
 def validate(config: Config, path: str = "config") -> Config:
     """Checks every rule of the tree.
 
     Raises:
       UserError: one message that lists all problems with flag path and mend.
     """
-    found = list(all_problems(config, path, config))
+    # Rules of the tree may ask the data for what only one kind has.
+    found = list(_kind_problems(config, path))
+    found = found or list(all_problems(config, path, config))
     if found:
         head = f"{len(found)} problem{'s' * (len(found) > 1)} in the config:"
         raise UserError("\n".join([head, *(f"  --{p}" for p in found)]))

@@ -25,9 +25,18 @@ class Node:
 
 
 class ModelConfig(Node):
-    """Base of the model families (`models/`)."""
+    """Base of the model families (`models/`).
+
+    Attributes:
+      data_kind: the `kind` of `config.data` that it takes.
+    """
 
     __slots__ = ()
+    data_kind = "text"
+
+    def positions(self, data: "BaseDataConfig") -> int:
+        """Positions that a row of `data` has in the model, S; text has its own."""
+        raise NotImplementedError(f"{type(self).__name__} takes {data.kind}")
 
     def rows_together(self) -> int:
         """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
@@ -112,14 +121,65 @@ class ObjectiveConfig(Node):
 
     Attributes:
       autoregressive: whether a prediction must not depend on later positions.
+      data_kind: the `kind` of `config.data` that it takes.
     """
 
     __slots__ = ()
     autoregressive = False
+    data_kind = "text"
+
+
+@node
+class BaseDataConfig(Node):
+    """What all kinds of data have.
+
+    Attributes:
+      kind: "text" or "images"; models and objectives name the one that they take.
+      source_base: the class that its sources derive from.
+      room: where its sources are.
+      source: what is read.
+      folder: where prepared datasets, token files and images are cached.
+      validation_fraction: share held out, chosen by a hash of the name (of a document
+        or an image); must be 0 for a source that names a validation split of its own.
+      prefetch: batches read ahead.
+      workers: processes that tokenise, or threads that read images; 0: one a core.
+    """
+
+    kind = ""
+    source_base = Node
+    room = ""
+    source: Node | None = None
+    folder: str = "~/.cache/moe_jax"
+    validation_fraction: float = 0.05
+    prefetch: int = 4
+    workers: int = 0
+
+    def problems(self, path, root):
+        if self.source is None:
+            yield f"{path}.source is not set: choose one of {self.room}"
+        elif not isinstance(self.source, self.source_base):
+            yield (
+                f"{path}.source={type(self.source).__name__}: is no source of "
+                f"{self.kind}; choose one of {self.room}"
+            )
+        if not 0 <= self.validation_fraction < 1:
+            yield (
+                f"{path}.validation_fraction={self.validation_fraction}: "
+                "must lie in [0, 1)"
+            )
+        for name in ("prefetch", "workers"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
 
 
 class SourceConfig(Node):
-    """Base of the data sources (`data/sources/`)."""
+    """Base of the sources of text (`data/sources/`)."""
+
+    __slots__ = ()
+
+
+class ImageSourceConfig(Node):
+    """Base of the sources of images (`data/images/sources/`)."""
 
     __slots__ = ()
 

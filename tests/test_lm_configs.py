@@ -16,8 +16,8 @@ from moe_jax.objectives import OBJECTIVES
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "lm"
 # As they were published, and as transformers counts them
-# (tests/convert/test_published_sizes.py). Files of DeepSeek-V3 hold 14,848 numbers more:
-# the bias of 256 experts in 58 layers, which is router state here.
+# (tests/convert/test_published_sizes.py). Files of DeepSeek-V3 hold 14,848 numbers
+# more: the bias of 256 experts in 58 layers, which is router state here.
 PUBLISHED = {
     "mixtral_8x7b": 46_702_792_704,
     "olmoe_1b_7b": 6_919_161_856,

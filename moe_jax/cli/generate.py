@@ -9,6 +9,7 @@ import sys
 
 from absl import flags
 
+from moe_jax import config as config_lib
 from moe_jax.cli import common
 from moe_jax.errors import UserError
 
@@ -28,6 +29,7 @@ def define_flags() -> None:
 
 def main() -> int:
     config = common.read_workdir_config()
+    config_lib.require_kind(config, "text", "moe-jax generate")
     common.start_hosts(config)
     import jax
 

@@ -1,4 +1,4 @@
-"""From text to batches of token rows.
+"""From text to batches of token rows, and from images to batches of images.
 
 `sources/` gives documents, `tokenizers` turns them into ids, `token_file` stores those
 once in flat files, `packing` defines row n of a split, and `pipeline` joins them:
@@ -6,4 +6,7 @@ once in flat files, `packing` defines row n of a split, and `pipeline` joins the
 and the step, never on the number of hosts. `baselines` compresses the same text with
 gzip and an order-2 byte model. Nothing here needs TensorFlow but TFDS datasets that
 were prepared as tfrecord.
+
+`images/` does the same for images. `order` says which rows are in which batch, and
+`prepared` keeps the folders of both.
 """

@@ -82,6 +82,24 @@ def held_out(names: Iterable[str], fraction: float) -> np.ndarray:
     return chosen
 
 
+def own_split_problems(path: str, field: str, value: str, root: Any) -> Iterator[str]:
+    """The rule of a source that may name a validation split of its own.
+
+    Args:
+      path: of the source in the config.
+      field: of the source, that names the split.
+      value: of the field; "" where the source has none.
+      root: the whole config.
+    """
+    fraction = root.data.validation_fraction
+    if value and fraction:
+        yield (
+            f"{path.rpartition('.')[0]}.validation_fraction={fraction}: must be 0 "
+            f"where {path}.{field}={value!r} names what is held out; set it to 0, or "
+            f"{field} to ''"
+        )
+
+
 def _place(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()

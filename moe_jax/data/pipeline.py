@@ -5,26 +5,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import numpy as np
-
 from moe_jax import config as config_lib
-from moe_jax.data import documents, packing, sources, token_file, tokenizers
+from moe_jax.data import documents, order, packing, sources, token_file, tokenizers
+from moe_jax.data.images import pipeline as images
+from moe_jax.data.order import Batch
 from moe_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
 
-
-def prepare(config: config_lib.Config) -> "TextData":
-    """Makes the token files of `config.data`, or opens those that are there.
+def prepare(config: config_lib.Config) -> "TextData | images.ImageData":
+    """Makes the files that `config.data` describes, or opens those that are there.
 
     Any number of processes may call this at once, on one host or on several that
     share `data.folder`.
 
     Raises:
-      UserError: no text, no tokenizer, no space, or less text than one row.
+      UserError: no text, no tokenizer, no space, or less text than one row; or what
+        `images.pipeline.prepare` says.
     """
     data = config.data
+    if data.kind == "images":
+        return images.prepare(data)
     tokenizer = tokenizers.make_tokenizer(data.tokenizer)
     source = sources.load(data)
     folder = Path(data.folder).expanduser() / "tokens"
@@ -135,35 +135,17 @@ class TextData:
         rows: tuple[int, int] | None = None,
         prefetch: int = 4,
     ) -> Iterator[Batch]:
-        """This process's part of the batches of `num_steps` steps from `start_step`.
-
-        All rows in an order drawn from `seed`, then all in another one, and so on:
-        the stream's elements [s*B, (s+1)*B) are step s, so the batch is the same for
-        any number of processes. Starting at a later step costs nothing.
-
-        Args:
-          batch_size: rows in the batch of all processes, B.
-          seed: of the order, in [0, 2**32).
-          start_step: the first step to give.
-          num_steps: how many steps to give.
-          rows: first row and number of rows of the batch to give; default: all.
-          prefetch: batches read ahead in a thread; 0 reads in the caller's.
-        """
-        first, count = rows or (0, batch_size)
-        num_rows = self.num_rows("train")
-        order = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-
-        def batch(step: int) -> Batch:
-            begin = step * batch_size + first
-            numbers = [order[i] for i in range(begin, begin + count)]
-            return self.rows("train", numbers)
-
-        steps = grain.MapDataset.range(start_step, start_step + num_steps).map(batch)
-        # A row is a slice of a mapped file: more threads than one only contend.
-        options = grain.ReadOptions(
-            num_threads=min(1, prefetch), prefetch_buffer_size=prefetch
+        """Batches of full rows; the arguments are those of `order.train_batches`."""
+        return order.train_batches(
+            lambda numbers, place: self.rows("train", numbers),
+            self.num_rows("train"),
+            batch_size=batch_size,
+            seed=seed,
+            start_step=start_step,
+            num_steps=num_steps,
+            rows=rows,
+            prefetch=prefetch,
         )
-        return iter(steps.to_iter_dataset(options))
 
     def eval_batches(
         self,
@@ -172,27 +154,14 @@ class TextData:
         max_batches: int = 0,
         rows: tuple[int, int] | None = None,
     ) -> Iterator[Batch]:
-        """This process's part of the held-out batches, in order of the text.
-
-        The last batch is filled up with rows in which nothing counts, so that all
-        processes see equally many batches of one shape. Without held-out text there
-        are none.
-
-        Args:
-          batch_size: rows in the batch of all processes.
-          max_batches: how many to give at most; 0 gives all.
-          rows: first row and number of rows of each batch to give; default: all.
-        """
-        first, count = rows or (0, batch_size)
-        num_batches = -(-self.num_rows("validation") // batch_size)
-        if max_batches:
-            num_batches = min(num_batches, max_batches)
-
-        def batch(number: int) -> Batch:
-            begin = number * batch_size + first
-            return self.rows("validation", range(begin, begin + count))
-
-        return map(batch, range(num_batches))
+        """Held-out batches in order of the text; see `order.eval_batches`."""
+        return order.eval_batches(
+            lambda numbers: self.rows("validation", numbers),
+            self.num_rows("validation"),
+            batch_size=batch_size,
+            max_batches=max_batches,
+            rows=rows,
+        )
 
 
 def _content_hash(manifest: dict[str, Any]) -> str:

@@ -1,18 +1,11 @@
 """Flat files of tokens, made once for a source and a tokenizer.
 
-A folder holds for each split the joined documents and where each begins, and a
-manifest. It is filled under another name and put in its place by one rename, so that
-it is there whole or not at all, whenever the process ends.
+A folder (`prepared`) holds for each split the joined documents and where each begins.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import io
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +13,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax.data import documents, folders, tokenizers, workers
+from moe_jax.data import documents, prepared, tokenizers, workers
+from moe_jax.data.prepared import DamagedError
 from moe_jax.errors import UserError
 
 FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
 _CHUNK_BYTES = 4 << 20
 _PIECE_BYTES = 16 << 20
 _log = logging.getLogger(__name__)
-
-
-class DamagedError(Exception):
-    """A prepared folder is not what its manifest says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +64,9 @@ def open_or_build(
         "tokenizer": tokenizer.describe(),
         "validation_fraction": data.validation_fraction,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = folder / digest[:16]
-    # Without the lock first, for a cache that others prepared and may only be read.
-    # A rename put the folder there, so no one sees it half written.
-    with contextlib.suppress(FileNotFoundError, DamagedError):
-        return read(path)
-    with folders.exclusive(folder / f"{path.name}.lock"):
-        for leftover in folder.glob(f"{path.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            return read(path)
-        except FileNotFoundError:
-            pass
-        except DamagedError as error:
-            _log.warning("%s is damaged (%s) and is made again", path, error)
-        _build(path, key, source, data, tokenizer)
-        return read(path)
+    return prepared.open_or_build(
+        folder, key, read, lambda path: _write(path, key, source, data, tokenizer)
+    )
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, TokenFile]]:
@@ -103,21 +78,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TokenFile]]:
     """
     if not path.is_dir():
         raise FileNotFoundError(path)
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise DamagedError(f"format version {manifest['format_version']!r}")
+    with prepared.damage():
+        manifest = prepared.read_manifest(path, FORMAT_VERSION)
         splits = {
             name: _open_split(path, manifest["splits"][name], manifest["dtype"])
             for name in documents.SPLITS
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from None
     return manifest, splits
 
 
 def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
-    files = {kind: _checked(path, entry) for kind, entry in split["files"].items()}
+    files = {k: prepared.checked(path, entry) for k, entry in split["files"].items()}
     if dtype not in ("uint16", "uint32"):
         raise DamagedError(f"dtype {dtype!r}")
     tokens = np.zeros(0, dtype)
@@ -136,35 +107,6 @@ def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
     if len(scored) != len(tokens):
         raise DamagedError(f"{files['scored'].name} has another number of tokens")
     return TokenFile(tokens, offsets, scored)
-
-
-def _checked(path: Path, entry: dict[str, Any]) -> Path:
-    name = entry["name"]
-    if not name or name != os.path.basename(name) or name in (".", ".."):
-        raise DamagedError(f"file name {name!r}")
-    size = (path / name).stat().st_size
-    if size != entry["size_bytes"]:
-        raise DamagedError(f"{name} has {size} bytes, not {entry['size_bytes']}")
-    return path / name
-
-
-def _build(path, key, source, data, tokenizer) -> None:
-    """Fills a temporary folder beside `path` and renames it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        _write(temporary, key, source, data, tokenizer)
-        if path.exists():  # the damaged one; a folder cannot be renamed onto it
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        if not folders.is_full_disk(error):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise folders.full_disk_error(path.parent) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(folder: Path, key, source, data, tokenizer) -> None:
@@ -187,10 +129,7 @@ def _write(folder: Path, key, source, data, tokenizer) -> None:
         "dtype": dtype.name,
         "splits": splits,
     }
-    with (folder / _MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=2)
-        _flush(file)
-    _sync(folder)
+    prepared.write_manifest(folder, manifest)
     for name, split in splits.items():
         counts = {k: split[k] for k in ("documents", "tokens", "bytes")}
         _log.info("%s: %s", name, counts)
@@ -207,9 +146,11 @@ def _write_split(
     lengths = _DocumentLengths()
     num_bytes = num_scored = 0
     with contextlib.ExitStack() as stack:
-        tokens_file = stack.enter_context(_Hashed(folder / f"{name}.tokens"))
+        tokens_file = stack.enter_context(prepared.Hashed(folder / f"{name}.tokens"))
         if examples:
-            scored_file = stack.enter_context(_Hashed(folder / f"{name}.scored"))
+            scored_file = stack.enter_context(
+                prepared.Hashed(folder / f"{name}.scored")
+            )
         for part in parts:
             tokens_file.write(np.ascontiguousarray(part.tokens, dtype).tobytes())
             if examples:
@@ -218,17 +159,9 @@ def _write_split(
             lengths.add(part)
             num_bytes += part.num_bytes
     offsets = lengths.offsets()
-    offsets_path = folder / f"{name}.offsets.npy"
-    # Through memory: np.save to a file hides the error number of a full disk.
-    buffer = io.BytesIO()
-    np.save(buffer, offsets)
-    with offsets_path.open("wb") as file:
-        file.write(buffer.getbuffer())
-        _flush(file)
-    offsets_digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     files = {
         "tokens": tokens_file.entry(),
-        "offsets": _entry(offsets_path, offsets_digest),
+        "offsets": prepared.write_array(folder / f"{name}.offsets.npy", offsets),
     }
     split = {
         "documents": len(offsets) - 1,
@@ -240,31 +173,6 @@ def _write_split(
         files["scored"] = scored_file.entry()
         split["scored"] = num_scored
     return split
-
-
-class _Hashed:
-    """A file that is written once, and hashed as it is."""
-
-    def __init__(self, path: Path):
-        self._path, self._digest = path, hashlib.sha256()
-
-    def __enter__(self) -> "_Hashed":
-        self._file = self._path.open("wb")
-        return self
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        try:
-            if kind is None:
-                _flush(self._file)
-        finally:
-            self._file.close()
-
-    def write(self, content: bytes) -> None:
-        self._digest.update(content)
-        self._file.write(content)
-
-    def entry(self) -> dict[str, Any]:
-        return _entry(self._path, self._digest.hexdigest())
 
 
 class _DocumentLengths:
@@ -323,20 +231,3 @@ def _chunks(pieces: Iterable[workers.Piece]) -> Iterator[list[workers.Piece]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _entry(path: Path, sha256: str) -> dict[str, Any]:
-    return {"name": path.name, "size_bytes": path.stat().st_size, "sha256": sha256}
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

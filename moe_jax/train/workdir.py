@@ -23,6 +23,11 @@ _ORDER = (
     "config.data.tokenizer",
     "config.data.sequence_length",
     "config.data.validation_fraction",
+    "config.data.image_size",
+    "config.data.channels",
+    "config.data.labelled",
+    "config.data.flip",
+    "config.data.crop_padding",
 )
 
 

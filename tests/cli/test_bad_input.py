@@ -270,3 +270,36 @@ def test_a_broken_saved_config(fails, untrained, keys, value, message):
 )
 def test_check(fails, flag, message):
     assert message in fails("check", f"--config={TINY}", flag)
+
+
+@pytest.fixture
+def image_run(tmp_path):
+    """A config file of a model of text whose data are images."""
+    path = tmp_path / "images.py"
+    path.write_text(
+        "from moe_jax.cli import config_file\n"
+        "from moe_jax.data.images.config import ImageDataConfig\n"
+        "from moe_jax.data.images.sources import Digits\n"
+        "def get_config():\n"
+        f"    config = config_file.load({str(TINY)!r})\n"
+        "    config.data = ImageDataConfig(source=Digits())\n"
+        "    return config\n"
+    )
+    return path
+
+
+def test_a_model_of_text_refuses_images(fails, image_run, tmp_path):
+    argv = f"--config={image_run}", f"--workdir={tmp_path / 'run'}"
+    message = fails("train", *argv, "--config.data.image_size=8")
+    assert "config.data=ImageDataConfig holds images, but config.model=" in message
+    message = fails("train", *argv, "--config.data.sequence_length=8")
+    assert "--config.data.sequence_length: no such key" in message
+    assert "holds images" in fails("bench.data", argv[0])
+
+
+def test_generate_refuses_images(fails, image_run, monkeypatch):
+    """Also the run of a model that takes them."""
+    config = config_file.load(str(image_run))
+    monkeypatch.setattr(common, "read_workdir_config", lambda: config)
+    message = fails("generate", "--workdir=run")
+    assert "moe-jax generate needs text, and config.data=ImageDataConfig" in message

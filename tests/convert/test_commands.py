@@ -226,7 +226,7 @@ def test_fine_tuning(hub, tmp_path, good):
 
 def test_one_process_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="one process writes .*, but 2 were started"):
+    with pytest.raises(UserError, match=r"one process writes .*, but 2 were started"):
         to_hf.convert("run", str(tmp_path / "out"), Config())
 
 

@@ -3,10 +3,12 @@
 import random
 import sysconfig
 
+import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.data import sources, tokenizers
+from moe_jax.data.images.config import ImageDataConfig
 
 
 @pytest.fixture
@@ -78,4 +80,35 @@ def tokenizer_file(tmp_path):
     tokenizer.enable_truncation(4)  # as many published files do
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture
+def make_images(tmp_path):
+    """A config whose images come from `source`; other fields of ImageDataConfig too."""
+
+    def make(source, **fields):
+        fields = {
+            "folder": str(tmp_path / "cache"),
+            "validation_fraction": 0.2,
+            "workers": 2,
+            **fields,
+        }
+        return config_lib.Config(data=ImageDataConfig(source=source, **fields))
+
+    return make
+
+
+@pytest.fixture
+def image_arrays():
+    """Sixty random images (60, 5, 6, 3), labels of three classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 5, 6, 3), dtype=np.uint8)
+    return images, rng.permutation(np.arange(60) % 3)
+
+
+@pytest.fixture
+def npz_file(tmp_path, image_arrays):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=image_arrays[0], labels=image_arrays[1])
     return path

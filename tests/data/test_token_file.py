@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from moe_jax import config_json
-from moe_jax.data import documents, pipeline, sources, token_file, tokenizers, workers
+from moe_jax.data import (
+    documents,
+    pipeline,
+    prepared,
+    sources,
+    token_file,
+    tokenizers,
+    workers,
+)
 from moe_jax.errors import UserError
 
 
@@ -124,7 +132,7 @@ def test_pieces_keep_lines_and_characters_whole(monkeypatch):
 
 def test_second_call_reuses(corpus_config, monkeypatch):
     first = pipeline.prepare(corpus_config)
-    monkeypatch.setattr(token_file, "_build", None)  # calling it would fail
+    monkeypatch.setattr(prepared, "_build", None)  # calling it would fail
     second = pipeline.prepare(corpus_config)
     assert second.content_hash == first.content_hash
     assert second.manifest == first.manifest
@@ -132,7 +140,7 @@ def test_second_call_reuses(corpus_config, monkeypatch):
 
 def test_reuses_a_folder_without_lock(corpus_config, monkeypatch):
     pipeline.prepare(corpus_config)
-    monkeypatch.setattr(token_file.folders, "exclusive", None)
+    monkeypatch.setattr(prepared.folders, "exclusive", None)
     pipeline.prepare(corpus_config)
 
 
@@ -195,15 +203,15 @@ def test_damage_is_mended_with_a_warning(corpus_config, caplog, damage):
 def test_manifest_names_stay_in_the_folder(corpus_config, name):
     pipeline.prepare(corpus_config)
     folder = only_folder(corpus_config)
-    with pytest.raises(token_file.DamagedError, match="file name"):
-        token_file._checked(folder, {"name": name, "size_bytes": 0})
+    with pytest.raises(prepared.DamagedError, match="file name"):
+        prepared.checked(folder, {"name": name, "size_bytes": 0})
 
 
 def test_full_disk(corpus_config, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(token_file, "_flush", full)
+    monkeypatch.setattr(prepared, "_flush", full)
     with pytest.raises(UserError, match=r"no space left in '.*' \(\d+ bytes free "):
         pipeline.prepare(corpus_config)
     assert names_in_cache(corpus_config) == []

@@ -276,8 +276,8 @@ def test_problems():
     (length,) = problems(Splash())
     assert length == (
         "config.model.attention=Splash takes multiples of 128 positions on a shard, "
-        "but config.data.sequence_length=1000 over config.mesh.context=2 is 500; set "
-        "sequence_length to a multiple of 256, or config.model.attention to Auto()"
+        "but 1000 over config.mesh.context=2 is 500; take rows of a multiple of 256 "
+        "(config.data.sequence_length), or set config.model.attention to Auto()"
     )
 
 

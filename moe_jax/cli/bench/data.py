@@ -15,6 +15,7 @@ import tempfile
 
 from absl import flags
 
+from moe_jax import config as config_lib
 from moe_jax.cli import common
 from moe_jax.errors import UserError
 
@@ -31,6 +32,7 @@ def define_flags() -> None:
 
 def main() -> int:
     config = common.load_config()
+    config_lib.require_kind(config, "text", "moe-jax bench data")
     common.check_json()
     wrong = [text for text in FLAGS.lengths or [""] if not text.isdecimal()]
     if wrong or "0" in FLAGS.lengths:

@@ -76,7 +76,7 @@ def find(source: config_lib.SourceConfig) -> list[tuple[str, Path]]:
     if root.is_file():
         return [(root.name, root)]
     if root.is_dir():
-        found = [(p.relative_to(root).as_posix(), p) for p in _files_below(root)]
+        found = [(p.relative_to(root).as_posix(), p) for p in files_below(root)]
         if not found:
             raise UserError(
                 f"data.source.path={source.path!r}: the folder holds no files "
@@ -98,7 +98,8 @@ def find(source: config_lib.SourceConfig) -> list[tuple[str, Path]]:
     )
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones and those in hidden folders."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:

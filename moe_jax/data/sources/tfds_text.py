@@ -35,13 +35,9 @@ class TfdsText(config_lib.SourceConfig):
         for name in ("name", "feature", "train_split"):
             if not getattr(self, name):
                 yield f"{path}.{name}='': must be set"
-        fraction = root.data.validation_fraction
-        if self.validation_split and fraction:
-            yield (
-                f"{path.rpartition('.')[0]}.validation_fraction={fraction}: must be 0 "
-                f"where {path}.validation_split={self.validation_split!r} names the "
-                "held-out text; set it to 0, or validation_split to ''"
-            )
+        yield from documents.own_split_problems(
+            path, "validation_split", self.validation_split, root
+        )
 
 
 def load(
@@ -54,13 +50,9 @@ def load(
         and TensorFlow is missing.
     """
     del folder
-    builder = _builder(source)
+    builder = open_builder(source)
     _check_feature(source, builder.info)
-    train = _split_info(source, builder.info, "train_split")
-    if source.validation_split:
-        _split_info(source, builder.info, "validation_split")
-    if builder.info.file_format.value != "array_record":
-        _require_tensorflow(source, builder.info.file_format.value)
+    train = split_info(source, builder.info, "train_split")
 
     def read(split):
         if source.validation_split:
@@ -88,7 +80,15 @@ def load(
     return documents.Documents(identity, read)
 
 
-def _builder(source: TfdsText) -> Any:
+def open_builder(source: Any) -> Any:
+    """The prepared dataset; its splits are there, and what reads it is installed.
+
+    Args:
+      source: has `name`, `data_dir`, `train_split` and `validation_split`.
+
+    Raises:
+      UserError: unknown name or split, not prepared, or TensorFlow is missing.
+    """
     import tensorflow_datasets as tfds  # slow to import; a config does not need it
 
     tfds.disable_progress_bar()
@@ -123,6 +123,11 @@ def _builder(source: TfdsText) -> Any:
             f"{source.name} --file_format=array_record` (large datasets take hours), "
             "or set data.source.data_dir to the folder it was prepared in"
         )
+    split_info(source, builder.info, "train_split")
+    if source.validation_split:
+        split_info(source, builder.info, "validation_split")
+    if builder.info.file_format.value != "array_record":
+        _require_tensorflow(source, builder.info.file_format.value)
     return builder
 
 
@@ -141,7 +146,12 @@ def _check_feature(source: TfdsText, info: Any) -> None:
         )
 
 
-def _split_info(source: TfdsText, info: Any, field: str) -> Any:
+def split_info(source: Any, info: Any, field: str) -> Any:
+    """What TFDS knows of the split that a field names.
+
+    Raises:
+      UserError: there is no such split.
+    """
     name = getattr(source, field)
     try:
         return info.splits[name]
@@ -153,7 +163,7 @@ def _split_info(source: TfdsText, info: Any, field: str) -> Any:
         ) from None
 
 
-def _require_tensorflow(source: TfdsText, file_format: str) -> None:
+def _require_tensorflow(source: Any, file_format: str) -> None:
     try:
         import tensorflow  # noqa: F401
     except ImportError:

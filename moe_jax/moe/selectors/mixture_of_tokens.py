@@ -47,7 +47,7 @@ class MixtureOfTokens(config.SelectorConfig):
 
     def _batch_problems(self, path, root):
         mesh, train = root.mesh, root.train
-        length = root.data.sequence_length // max(1, mesh.context)
+        length = root.positions() // max(1, mesh.context)
         sizes = {"data.sequence_length / context": length}
         if self.across == "rows":
             shards = max(1, mesh.data) * mesh.fsdp * mesh.expert

@@ -44,13 +44,13 @@ class Splash(config.AttentionConfig):
             size = getattr(self, name)
             if size < LANES or size % LANES:
                 yield f"{path}.{name}={size}: must be a multiple of {LANES}"
-        length, context = root.data.sequence_length, max(1, root.mesh.context)
+        length, context = root.positions(), max(1, root.mesh.context)
         if length // context % LANES:
             yield (
                 f"{path}=Splash takes multiples of {LANES} positions on a shard, but "
-                f"config.data.sequence_length={length} over config.mesh.context="
-                f"{context} is {length // context}; set sequence_length to a multiple "
-                f"of {LANES * context}, or {path} to Auto()"
+                f"{length} over config.mesh.context={context} is {length // context}; "
+                f"take rows of a multiple of {LANES * context} "
+                f"(config.data.sequence_length), or set {path} to Auto()"
             )
 
 

@@ -32,7 +32,7 @@ class Decoder(config.ModelConfig):
       attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks.
       qk_norm: what queries and keys are RMS-normalised over: "none", each "head", or
-        the whole "projection" (OLMoE).
+        the whole "projection" (OLMoE); "layer": a LayerNorm of each head.
       rope: how queries and keys turn with the position.
       window: positions that a query sees, itself included; 0: all before it.
       full_attention_every: with a window, each n-th block (the last of n) sees all

@@ -63,7 +63,7 @@ class SelfAttention(nnx.Module):
         softcap: float = 0.0,
         sinks: bool = False,
         output_bias: bool = False,
-        out_std: float,
+        out_std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -119,7 +119,7 @@ class Attention(SelfAttention):
       clip: queries, keys and values are cut to [-clip, clip] after their norm (OLMoE);
         0: they are not.
       norm_eps: of the QK-norm.
-      std: deviation of the initial weights.
+      std: deviation of the initial weights, or a `module.Draw`.
       rest: of `SelfAttention`.
     """
 
@@ -135,7 +135,7 @@ class Attention(SelfAttention):
         bias: bool = False,
         clip: float = 0.0,
         norm_eps: float,
-        std: float,
+        std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
         **rest,

@@ -1,9 +1,9 @@
 """Attention by the Pallas kernel for TPUs that comes with JAX ("splash attention").
 
-It visits the blocks of scores that causality and a window leave, or all, and keeps them on the
-chip; its derivative keeps the output and the log-sum-exp. The kernel takes heads of any
-width (below 128 they are filled up in the chip's registers), values of another width
-than keys, caps, sinks, and rows of whole lanes.
+It visits the blocks of scores that causality and a window leave, or all of them, and
+keeps them on the chip; its derivative keeps the output and the log-sum-exp. The kernel
+takes heads of any width (below 128 they are filled up in the chip's registers), values
+of another width than keys, caps, sinks, and rows of whole lanes.
 """
 
 import jax

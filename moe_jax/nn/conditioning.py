@@ -93,7 +93,7 @@ def dropped(
 
     Classifier-free guidance (Ho and Salimans 2022) needs a model that knows both.
     """
-    drawn = jax.random.bernoulli(key, rate, (batch,))
+    drawn = jax.random.uniform(key, (batch,), jnp.float32) < rate
     return drawn if none is None else drawn | none
 
 

@@ -1,0 +1,449 @@
+"""The diffusion transformer: against numpy, its beginning, its counts, its rules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dit_numpy import forward
+
+from moe_jax import config
+from moe_jax.models import build
+from moe_jax.models.base import ImageInputs
+from moe_jax.models.dit import DiTModel
+from moe_jax.models.dit_config import SIZES, DiT, mlp, segments_of
+from moe_jax.models.segments import Kind, Segment
+from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch.dense import DenseDispatch
+from moe_jax.moe.experts.feed_forward import ExpertFeedForward
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.routing import EVAL, TRAIN
+from moe_jax.moe.scorers import SCORERS
+from moe_jax.moe.scorers.linear import Linear, LinearScorer
+from moe_jax.moe.selectors.hashing import Hash
+from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.nn.attention.cudnn import CuDNN
+from moe_jax.nn.attention.splash import Splash
+from moe_jax.objectives.next_token import NextToken
+from moe_jax.tree import named_leaves
+
+D, H, E, K, CLASSES, C, SIDE, B = 32, 4, 4, 2, 10, 3, 8, 3
+
+
+def experts(width=D, count=E, **fields):
+    """The layer of DiT-MoE: un-renormalised top-2, gated experts, shared ones."""
+    return MoE(
+        num_experts=count,
+        experts=ExpertFeedForward(d_ff=4 * width),
+        shared_d_ff=2 * width,
+        selector=TopK(top_k=K, renormalize=False),
+        balance=Balance(load_balance_weight=0.01, z_weight=0.0),
+        **{"scorer": Linear(init_std=0.0)} | fields,
+    )
+
+
+def options(**fields):
+    fields = {
+        "image_size": SIDE,
+        "in_channels": C,
+        "patch_size": 2,
+        "num_layers": 3,
+        "d_model": D,
+        "num_heads": H,
+        "num_classes": CLASSES,
+        "feed_forward": mlp(4 * D),
+        "dtype": "float64",
+        "param_dtype": "float64",
+        "remat": "none",
+        **fields,
+    }
+    return DiT(**fields)
+
+
+SINGLE = dict(dtype="float32", param_dtype="float32")
+# Blocks: dense, then (dense, MoE).
+MIXED = dict(
+    feed_forward=experts(
+        scorer=Linear(init_std=0.0, dtype="float64"),
+        dispatch=DenseDispatch(),
+        first_dense=1,
+        every=2,
+        dense_d_ff=4 * D,
+    )
+)
+MOE = dict(feed_forward=experts(scorer=Linear(init_std=0.0, dtype="float64")))
+
+
+def drawn(model, scale=0.3):
+    """Weights by numpy, all of them, for at the beginning the output is zero."""
+    rng = np.random.default_rng(5)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale, leaf.dtype)
+    return jax.tree.map(draw, shapes)
+
+
+def given(dtype="float64", **fields):
+    rng = np.random.default_rng(2)
+    made = dict(
+        x=jnp.asarray(rng.normal(size=(B, SIDE, SIDE, C)), dtype),
+        time=jnp.asarray([0, 500, 999], dtype),
+        label=jnp.asarray([4, CLASSES, 0], jnp.int32),
+    )
+    return ImageInputs(**made | fields)
+
+
+def run(model, params, inputs, mode=EVAL, key=None):
+    state = model.init_router_state()
+    step = jax.jit(
+        lambda params, inputs: model.apply(params, state, inputs, key=key, mode=mode)
+    )
+    return step(params, inputs)
+
+
+def by_hand(model, params, inputs):
+    params = jax.tree.map(np.asarray, params)
+    blocks = []
+    for i, seg in enumerate(model.segments):
+        for r in range(seg.repeats):
+            for name, _ in seg.named_blocks():
+                part = params[f"segment_{i}"][name]
+                blocks.append(jax.tree.map(lambda w, r=r: w[r], part))
+    embedded = params["label"]["table"][np.asarray(inputs.label)]
+    x, times = np.asarray(inputs.x), np.asarray(inputs.time)
+    made = model.options
+    return forward(params, blocks, x, times, embedded, made.patch_size, made.qk_norm, K)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(patch_size=4, learned_variance=False, num_layers=1),
+        MOE | dict(qk_norm="layer", num_layers=2),
+        MIXED,
+    ],
+    ids=["dense", "other patches", "MoE", "some MoE"],
+)
+def test_the_prediction_is_that_of_numpy(float64, fields):
+    model = DiTModel(options(**fields))
+    params, inputs = drawn(model), given()
+    found, seen, aux = run(model, params, inputs)
+    want, losses = by_hand(model, params, inputs)
+    assert found.shape == want.shape == (B, SIDE, SIDE, model.options.out_channels)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-10)
+    if not losses:
+        assert aux is None and seen == {}
+        return
+    np.testing.assert_allclose(
+        aux.losses["load_balance_loss"], 0.01 * np.array(losses), rtol=1e-10
+    )
+    assert int(aux.stats.dropped.sum()) == 0
+    np.testing.assert_array_equal(aux.health["counts"].sum(-1), B * 16 * K)
+
+
+def test_the_image_changes_with_all_that_it_is_told(float64):
+    """Time, class, null class, and `none`, which is the null class."""
+    model = DiTModel(options(num_layers=1))
+    params, inputs = drawn(model), given()
+    first = np.asarray(run(model, params, inputs)[0])
+
+    def other(**fields):
+        changed = dataclasses.replace(inputs, **fields)
+        return np.asarray(run(model, params, changed)[0])
+
+    changes = [
+        other(time=inputs.time.at[0].set(1.0)),
+        other(label=inputs.label.at[0].set(5)),
+        other(label=inputs.label.at[0].set(CLASSES)),
+    ]
+    for found in changes:
+        assert np.abs(found[0] - first[0]).max() > 1e-3
+        np.testing.assert_allclose(found[1:], first[1:], rtol=1e-12)
+    none = other(none=jnp.asarray([True, False, False]))
+    np.testing.assert_array_equal(none, changes[2])
+
+
+def test_dropped_conditions_in_training(float64):
+    """With the key of a draw the output is that of the images that drew the null."""
+    model = DiTModel(options(num_layers=1, condition_dropout=0.5))
+    params, inputs = drawn(model), given()
+    key = jax.random.key(2)
+    drops = jax.random.uniform(jax.random.fold_in(key, 1), (B,), "float32") < 0.5
+    assert 0 < int(drops[jnp.array([0, 2])].sum()) < 2
+    label = jnp.where(drops, CLASSES, inputs.label)
+    found = run(model, params, inputs, TRAIN, key)[0]
+    want = run(model, params, dataclasses.replace(inputs, label=label))[0]
+    np.testing.assert_allclose(found, want, rtol=1e-12)
+    plain = run(model, params, inputs, EVAL, key)[0]
+    assert np.abs(np.asarray(plain - found)).max() > 1e-3
+
+
+def test_what_does_not_fit_is_refused():
+    model = DiTModel(options(num_layers=1, **SINGLE))
+    params, inputs = drawn(model), given("float32")
+
+    def refused(words, model=model, mode=EVAL, **fields):
+        changed = dataclasses.replace(inputs, **fields)
+        with pytest.raises(ValueError, match=words):
+            model.apply(params, {}, changed, key=None, mode=mode)
+
+    refused("draws in training: pass a key", mode=TRAIN)
+    refused("label is missing: the model's condition is 10 classes", label=None)
+    refused("image_size=8 and in_channels=3", x=inputs.x[:, :4])
+    sure = DiTModel(options(condition_dropout=0.0, **SINGLE))
+    refused("trained with some: .*dropout=0.0", sure, none=jnp.zeros(B, bool))
+    alone = DiTModel(options(num_classes=0, condition_dropout=0.0, **SINGLE))
+    refused("label is given: .* nothing but the time", alone)
+
+
+def test_vectors_in_place_of_classes(float64):
+    model = DiTModel(options(num_layers=1, num_classes=0, condition_width=5))
+    params = drawn(model)
+    label = jnp.asarray(np.random.default_rng(0).normal(size=(B, 5)))
+    inputs = given(label=label)
+    first = np.asarray(run(model, params, inputs)[0])
+    none = dataclasses.replace(inputs, none=jnp.asarray([False, False, True]))
+    null = params["vector"]["null"]
+    replaced = dataclasses.replace(inputs, label=label.at[2].set(null))
+    found = np.asarray(run(model, params, none)[0])
+    np.testing.assert_allclose(found, run(model, params, replaced)[0], rtol=1e-12)
+    assert np.abs(found[2] - first[2]).max() > 1e-3
+
+
+def test_without_a_condition(float64):
+    fields = dict(num_layers=1, num_classes=0, condition_dropout=0.0)
+    model = DiTModel(options(**fields))
+    params = drawn(model)
+    assert "label" not in params and "vector" not in params
+    found = run(model, params, given(label=None), TRAIN)[0]
+    assert np.isfinite(found).all() and np.abs(found).max() > 0.1
+
+
+@config.node
+class Spy(Linear):
+    """Scores the condition, and so shows that it arrives."""
+
+
+class SpyScorer(LinearScorer):
+    def __call__(self, tokens, carry, key, mode):
+        told, count = tokens.condition, tokens.batch_shape[1]
+        every = lambda a: a.reshape(-1, count, *a.shape[1:])
+        assert told.embedding.shape == told.time_embedding.shape
+        # A token's row is that of its image.
+        code = every(told.time) / 100 + every(told.label) + 100 * every(told.none)
+        logits = (
+            jnp.zeros((code.size, self.w[...].shape[1])).at[:, 0].set(code.reshape(-1))
+        )
+        known = told.embedding - told.time_embedding
+        return logits.at[:, 1].set(known.sum(axis=-1)), carry
+
+
+def test_the_condition_reaches_the_scorers(float64, monkeypatch):
+    monkeypatch.setitem(SCORERS, Spy, SpyScorer)
+    model = DiTModel(options(feed_forward=experts(scorer=Spy()), num_layers=1))
+    params, inputs = drawn(model), given()
+    mode = dataclasses.replace(EVAL, capture=True)
+    aux = run(model, params, inputs, mode)[2]
+    logits = np.asarray(aux.routing.logits_te)[0].reshape(B, 16, E)
+    code = [0 + 4, 5 + CLASSES + 100, 9.99 + 0]
+    np.testing.assert_allclose(logits[:, :, 0], np.tile(code, (16, 1)).T, rtol=1e-6)
+    labels = np.asarray(params["label"]["table"])[[4, CLASSES, 0]].sum(axis=-1)
+    np.testing.assert_allclose(logits[:, :, 1], np.tile(labels, (16, 1)).T, rtol=1e-5)
+
+
+def test_images_that_only_fill_the_batch_are_not_routed(float64):
+    model = DiTModel(options(**MIXED))
+    params = drawn(model)
+    whole = run(model, params, given())[0]
+    inputs = given(valid=jnp.asarray([True, False, True]))
+    found, _, aux = run(model, params, inputs)
+    np.testing.assert_array_equal(aux.health["counts"].sum(-1), 2 * 16 * K)
+    np.testing.assert_allclose(found[::2], whole[::2], rtol=1e-10)
+
+
+def test_the_beginning():
+    """The output is zero; linear layers are Xavier's; tables have deviation 0.02."""
+    fields = dict(d_model=64, num_layers=2, **SINGLE)
+    ff = experts(64, every=2, dense_d_ff=256, dispatch=DenseDispatch())
+    model = DiTModel(options(feed_forward=ff, **fields))
+    params = jax.jit(model.init)(jax.random.key(0))
+    found = run(model, params, given("float32"))[0]
+    np.testing.assert_array_equal(found, np.zeros((B, SIDE, SIDE, 2 * C)))
+    shapes = {
+        "patches/w": 64 + 12,
+        "w_q": 4 * 64,
+        "w_k": 4 * 64,
+        "w_v": 4 * 64,
+        "w_o": 2 * 64,
+        "feed_forward/w_up": 64 + 256,
+        "feed_forward/w_down": 64 + 256,
+        "experts/w_gate": 64 + 256,
+        "experts/w_up": 64 + 256,
+        "experts/w_down": 64 + 256,
+        "shared/w_gate": 64 + 128,
+        "shared/w_up": 64 + 128,
+        "shared/w_down": 64 + 128,
+    }
+    bounds = {name: np.sqrt(6 / fans) for name, fans in shapes.items()}
+    bounds["scorer/w"] = 1 / np.sqrt(64)
+    normal = ("time/first/w", "time/second/w", "label/table")
+    for name, w in named_leaves(params).items():
+        w = np.asarray(w)
+        bound = [b for end, b in bounds.items() if name.endswith(end)]
+        if bound:
+            assert 0.97 * bound[0] < np.abs(w).max() <= bound[0], name
+            np.testing.assert_allclose(w.std(), bound[0] / np.sqrt(3), rtol=0.1)
+        elif name in normal:
+            np.testing.assert_allclose(w.std(), 0.02, rtol=0.1, err_msg=name)
+        else:
+            last = name.rsplit("/", 1)[-1]
+            assert last in ("w", "b") or last.startswith("b_"), name
+            assert "modulation" in name or "output" in name or last != "w", name
+            assert not w.any(), name
+
+
+# Layers, width, of the sizes as published; experts; all parameters, and those of a
+# token, in the digits that are published.
+PUBLISHED = [
+    ("S", 8, "199M", "71M", 15.4),
+    ("S", 16, "369M", "71M", 15.4),
+    ("B", 8, "795M", "286M", 61.7),
+    ("L", 8, "2.8B", "1.0B", 219),
+    ("XL", 8, "4.1B", "1.4B", 324),
+    ("G", 16, "16.5B", "3.1B", 691),
+]
+
+
+def cut_to(number, like):
+    """A count in the digits of another, cut: "4.1B"."""
+    unit = {"M": 1e6, "B": 1e9}[like[-1]]
+    digits = len(like.split(".")[1]) - 1 if "." in like else 0
+    return f"{np.floor(number / unit * 10**digits) / 10**digits:.{digits}f}{like[-1]}"
+
+
+@pytest.mark.parametrize("size, count, total, active, giga", PUBLISHED)
+def test_the_published_sizes(size, count, total, active, giga):
+    """Nothing is allocated; the published counts have the fixed positions too."""
+    numbers = SIZES[size]
+    layers, d = numbers["num_layers"], numbers["d_model"]
+    heads = dict(qk_norm="layer" if size in ("XL", "G") else "none")
+    model = DiTModel(DiT(**numbers, **heads, feed_forward=experts(d, count)))
+    found, served = (n + 256 * d for n in model.count_parameters())
+    assert (cut_to(found, total), cut_to(served, active)) == (total, active)
+    per_layer = lambda e: (12 * e + 16) * d * d + count * d + 10 * d
+    outside = 16 * d + d + 256 * d + d + d * d + d + 1001 * d + 256 * d
+    outside += 2 * d * d + 2 * d + d * 32 + 32
+    more = layers * 4 * d // numbers["num_heads"] if heads["qk_norm"] == "layer" else 0
+    assert found == layers * per_layer(count) + outside + more
+    assert served == layers * per_layer(K) + outside + more
+    # Published: multiplications of tokens with weights, of one forward pass.
+    tokens = layers * (12 * K + 10) * d * d * 256
+    np.testing.assert_allclose(tokens / 1e9, giga, rtol=5e-3)
+    ends = 256 * d * (16 + 32 + count * layers)
+    once = (layers * 6 + 3) * d * d + 256 * d
+    attention = layers * 2 * 256 * 256 * d
+    assert model.flops_per_image() == 6 * (tokens + ends + once + attention)
+
+
+@pytest.mark.parametrize(
+    "fields, want",
+    [
+        (dict(**SIZES["S"], feed_forward=experts(384, 8)), 199_307_552),
+        (dict(**SIZES["S"]), 32_963_360),
+    ],
+)
+def test_counts_known_to_the_last_digit(fields, want):
+    total, _ = DiTModel(DiT(**fields)).count_parameters()
+    assert total + 256 * 384 == want
+
+
+def test_segments():
+    made = options(num_layers=5, feed_forward=MIXED["feed_forward"])
+    dense, moe = Kind(False), Kind(True)
+    assert segments_of(made) == (
+        Segment((dense,), 1, 0, 0),
+        Segment((dense, moe), 2, 1, 0),
+    )
+    assert segments_of(options()) == (Segment((dense,), 3, 0, 0),)
+
+
+def test_axes_mirror_the_parameters():
+    model = DiTModel(options(qk_norm="layer", **SINGLE, **MIXED))
+    shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    axes = named_leaves(model.axes, is_leaf=lambda v: isinstance(v, tuple))
+    assert axes.keys() == shapes.keys()
+    assert named_leaves(model.rounded).keys() == named_leaves(model.whole).keys()
+    assert axes.keys() == named_leaves(model.whole).keys()
+    for name, leaf in shapes.items():
+        assert len(axes[name]) == leaf.ndim, name
+
+
+def test_it_is_built_by_its_config_and_says_what_it_took():
+    model = build(options(**SINGLE | dict(dtype="bfloat16"), image_size=64))
+    assert isinstance(model, DiTModel)
+    assert model.notes(2, 64) == [
+        "auto attention: Blocked for rows of 1024 tokens over 1 shards, bfloat16 heads "
+        "of 8, without causality, on cpu"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "mesh", "words"),
+    [
+        ({}, {}, ""),
+        (MIXED, {}, ""),
+        (dict(patch_size=3), {}, "image_size=8 is not divisible by config.model.patch"),
+        (dict(d_model=30, num_heads=5), {}, "d_model=30: must be a multiple of 4"),
+        (dict(num_heads=5), {}, "num_heads=5; num_heads takes one of [1, 2, 4, 8, 16"),
+        (dict(num_layers=0), {}, "num_layers=0: must be at least 1"),
+        (dict(num_classes=-1), {}, "num_classes=-1: must be at least 0"),
+        (dict(condition_width=4), {}, "a class or a vector; set one of them to 0"),
+        (dict(condition_dropout=1.0), {}, "condition_dropout=1.0: must lie in [0, 1)"),
+        (dict(num_classes=0), {}, "condition_dropout=0.1 would be ignored"),
+        (dict(qk_norm="projection"), {}, "must be one of ['none', 'layer', 'head']"),
+        (dict(remat="some"), {}, "'some' is not known"),
+        (dict(remat="exchanges"), {}, "so nothing is exchanged"),
+        (dict(remat="full,none"), {}, "the run of 3 blocks from block 0 on"),
+        (dict(dtype="float8"), {}, "dtype='float8'"),
+        (dict(num_layers=2, **MIXED), {}, "leaves no block for experts"),
+        (
+            dict(feed_forward=MoE(selector=Hash())),
+            {},
+            "patches have none; choose another selector",
+        ),
+        (
+            dict(feed_forward=MoE(allow_noncausal=True)),
+            {},
+            "allow_noncausal=True would be ignored: a DiT has no causality",
+        ),
+        (dict(attention=CuDNN(), d_model=36), {}, "CuDNN: head_dim=9 is not a"),
+        (dict(attention=Splash()), {}, "Splash takes multiples of 128 patches"),
+        ({}, dict(context=3), "16 patches, which config.mesh.context=3 does not"),
+        ({}, dict(fsdp=3), "d_model=32 is not divisible by config.mesh.fsdp"),
+        ({}, dict(tensor=3), "num_heads=4 is not divisible by config.mesh.tensor"),
+    ],
+)
+def test_problems(fields, mesh, words):
+    root = config.Config(mesh=config.MeshConfig(**mesh))
+    found = list(options(**fields).problems("config.model", root))
+    if words:
+        assert any(words in one for one in found), found
+    else:
+        assert found == []
+
+
+def test_it_does_not_predict_text():
+    root = config.Config(objective=NextToken())
+    (found,) = options().problems("config.model", root)
+    assert "objective=NextToken predicts the next token; choose" in found
+
+
+def test_a_shrunk_model_is_of_the_same_kind():
+    ff = experts(1152, 8, first_dense=2, every=2, dense_d_ff=4608)
+    big = DiT(**SIZES["XL"], feed_forward=ff, attention=Splash())
+    small = big.shrunk()
+    assert list(small.problems("config.model", config.Config())) == []
+    assert small.num_layers == 5 and small.feed_forward.selector == ff.selector
+    assert segments_of(small)[1].blocks == (Kind(False), Kind(True))
+    assert big.num_layers == 28 and ff.experts.d_ff == 4608

@@ -72,6 +72,9 @@ MIXED = dict(
         dense_d_ff=4 * D,
     )
 )
+TWO = dict(
+    feed_forward=dataclasses.replace(MIXED["feed_forward"], first_dense=0)
+)  # Dense, MoE.
 MOE = dict(feed_forward=experts(scorer=Linear(init_std=0.0, dtype="float64")))
 
 
@@ -140,6 +143,35 @@ def test_the_prediction_is_that_of_numpy(float64, fields):
     )
     assert int(aux.stats.dropped.sum()) == 0
     np.testing.assert_array_equal(aux.health["counts"].sum(-1), B * 16 * K)
+
+
+def test_gradients_are_those_of_differences(float64):
+    """Of each weight, along one direction, by the numpy model; balance included."""
+    model = DiTModel(options(num_layers=2, qk_norm="layer", image_size=4, **TWO))
+    params, inputs = drawn(model), given()
+    inputs = dataclasses.replace(inputs, x=inputs.x[:, :4, :4])
+    state, weight = model.init_router_state(), 3.0
+
+    def loss(params):
+        found, _, aux = model.apply(params, state, inputs, key=None, mode=EVAL)
+        return jnp.mean(found**2) + weight * aux.losses["load_balance_loss"].sum()
+
+    def plain(params):
+        found, losses = by_hand(model, params, inputs)
+        return np.mean(found**2) + weight * 0.01 * sum(losses)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, params))
+    rng, names = np.random.default_rng(9), list(named_leaves(params))
+    for i, (name, grad) in enumerate(zip(names, jax.tree.leaves(grads), strict=True)):
+        way = rng.normal(size=leaves[i].shape)
+        moved = []
+        for sign in (1, -1):
+            other = leaves[i] + sign * 1e-5 * way
+            moved.append(plain(tree.unflatten([*leaves[:i], other, *leaves[i + 1 :]])))
+        want = (moved[0] - moved[1]) / 2e-5
+        assert abs(want - np.sum(way * grad)) < 1e-5 * abs(want) + 1e-7, name
+        assert assert/bias"), name
 
 
 def test_the_image_changes_with_all_that_it_is_told(float64):

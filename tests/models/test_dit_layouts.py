@@ -10,6 +10,7 @@ from moe_jax.models.base import ImageInputs
 from moe_jax.models.dit import DiTModel
 from moe_jax.moe.routing import TRAIN
 from moe_jax.moe.scorers.linear import Linear
+from moe_jax.nn import module
 from moe_jax.nn.attention.blocked import Blocked
 from moe_jax.parallel import rules
 from moe_jax.tree import named_leaves
@@ -53,11 +54,18 @@ def inputs():
     )
 
 
-def step(model, params, given):
-    """Prediction, counts of the experts, balance losses; gradients of all of it."""
+def step(model, params, given, gathered=False):
+    """Prediction, counts of the experts, balance losses; gradients of all of it.
+
+    With `gathered` weights are brought together first, and gradients come in slots.
+    """
     state = model.init_router_state()
 
-    def loss(params):
+    def loss(places, params):
+        if gathered:
+            params = module.slotted(module.gathered(params, model), places)
+        else:
+            params = places
         found, _, aux = model.apply(
             params, state, given, key=jax.random.key(11), mode=TRAIN
         )
@@ -65,7 +73,10 @@ def step(model, params, given):
         total = jnp.sum(jnp.sin(kept)) + 100 * sum(map(jnp.sum, aux.losses.values()))
         return total, (kept, aux.health["counts"], aux.losses)
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    places = params
+    if gathered:
+        places = module.slots(params, model.rounded, model.dtype)
+    return jax.jit(jax.grad(loss, has_aux=True))(places, params)
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +88,22 @@ def alone(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes",
+    "sizes, gathered",
     [
-        dict(data=2, fsdp=2, tensor=2),
-        dict(data=2, expert=4),
-        dict(context=2, expert=2, tensor=2),
+        (dict(data=2, fsdp=2, tensor=2), False),
+        (dict(data=2, expert=4), True),
+        (dict(context=2, expert=2, tensor=2), False),
     ],
     ids=str,
 )
-def test_the_same_on_every_mesh(float64, axes_mesh, model, alone, sizes):
+def test_the_same_on_every_mesh(float64, axes_mesh, model, alone, sizes, gathered):
     mesh = axes_mesh(**sizes)
     with jax.set_mesh(mesh):
         where = rules.tree_shardings(mesh, model.axes)
         params = jax.device_put(drawn(model), where)
         rows = rules.sharding(mesh, ("batch",))
         given = jax.device_put(inputs(), jax.tree.map(lambda a: rows, inputs()))
-        found = jax.tree.map(np.asarray, step(model, params, given))
+        found = jax.tree.map(np.asarray, step(model, params, given, gathered))
     counts = found[1][1]
     np.testing.assert_array_equal(counts, alone[1][1])
     assert counts.shape == (1, E) and counts.sum() == 7 * 16 * 2

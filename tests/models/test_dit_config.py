@@ -17,7 +17,7 @@ from moe_jax.nn.attention.splash import Splash
 from moe_jax.objectives.next_token import NextToken
 from moe_jax.tree import named_leaves
 
-# Sizes; experts; all parameters, and those of a token, in the digits that are published;
+# Sizes; experts; all parameters, and those of a token, in the published digits; and
 # multiplications of a forward pass, in 10^9.
 PUBLISHED = [
     ("S", 8, "199M", "71M", 15.4),
@@ -83,7 +83,8 @@ def test_segments():
 
 
 def test_axes_mirror_the_parameters():
-    model = DiTModel(options(qk_norm="layer", **SINGLE, **MIXED))
+    ff = experts(every=3, dense_d_ff=64)
+    model = DiTModel(options(qk_norm="layer", feed_forward=ff, **SINGLE))
     shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
     axes = named_leaves(model.axes, is_leaf=lambda v: isinstance(v, tuple))
     assert axes.keys() == shapes.keys()

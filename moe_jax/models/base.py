@@ -1,5 +1,6 @@
 """What every model family offers to objectives, the step, and generation."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -47,6 +48,24 @@ class ImageInputs:
     label: jax.Array | None = None
     none: jax.Array | None = None
     valid: jax.Array | None = None
+
+
+@struct
+class ImageOutput:
+    """What a model of images says.
+
+    Attributes:
+      prediction: (B, H, W, C_out), float32 or wider.
+      losses: name -> () weighted loss of the model's own, a mean over the batch; beside
+        those of `aux`.
+      observations: like the router state.
+      aux: stacked on the MoE layers, or None.
+    """
+
+    prediction: jax.Array
+    losses: Mapping[str, jax.Array]
+    observations: dict[str, Any]
+    aux: MoEAux | None
 
 
 class Output(NamedTuple):
@@ -172,8 +191,8 @@ class ImageModel(RoutedModel, Protocol):
         key: jax.Array | None,
         mode: Mode,
         override: Override | None = None,
-    ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
-        """Prediction (B, H, W, C_out), observations like the router state, MoE aux.
+    ) -> ImageOutput:
+        """The prediction, and what the routers have to say.
 
         In training a key is needed where conditions are dropped.
         """

@@ -2,12 +2,12 @@
 
 import jax
 
-from moe_jax.models.base import ImageInputs, RouterState
+from moe_jax.models.base import ImageInputs, ImageOutput, RouterState
 from moe_jax.models.dit_block import Block, Outer
 from moe_jax.models.dit_config import DiT, segments_of
 from moe_jax.models.stacked import Stacked, is_vector
 from moe_jax.moe.dispatch import auto
-from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
+from moe_jax.moe.routing import Mode, Override
 from moe_jax.nn import attention
 from moe_jax.nn.attention.common import mean_seen
 from moe_jax.nn.module import Params
@@ -50,7 +50,7 @@ class DiTModel(Stacked):
         key: jax.Array | None,
         mode: Mode,
         override: Override | None = None,
-    ) -> tuple[jax.Array, dict[str, Observation], MoEAux | None]:
+    ) -> ImageOutput:
         """See `ImageModel.apply`; arrays of `override` are stacked on the MoE layers.
 
         Raises:
@@ -72,7 +72,10 @@ class DiTModel(Stacked):
             call, params, router_state, x, **given
         )
         with jax.named_scope("output"):
-            return outer.predict(x, condition), observations, aux
+            prediction = outer.predict(x, condition)
+        return ImageOutput(
+            prediction=prediction, losses={}, observations=observations, aux=aux
+        )
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token.

@@ -92,10 +92,12 @@ def given(dtype="float64", **fields):
 
 def run(model, params, inputs, mode=EVAL, key=None):
     state = model.init_router_state()
-    step = jax.jit(
-        lambda params, inputs: model.apply(params, state, inputs, key=key, mode=mode)
-    )
-    return step(params, inputs)
+
+    def step(params, inputs):
+        found = model.apply(params, state, inputs, key=key, mode=mode)
+        return found.prediction, found.observations, found.aux
+
+    return jax.jit(step)(params, inputs)
 
 
 def by_hand(model, params, inputs):
@@ -147,8 +149,9 @@ def test_gradients_are_those_of_differences(float64):
     state, weight = model.init_router_state(), 3.0
 
     def loss(params):
-        found, _, aux = model.apply(params, state, inputs, key=None, mode=EVAL)
-        return jnp.mean(found**2) + weight * aux.losses["load_balance_loss"].sum()
+        found = model.apply(params, state, inputs, key=None, mode=EVAL)
+        balance = found.aux.losses["load_balance_loss"].sum()
+        return jnp.mean(found.prediction**2) + weight * balance
 
     def plain(params):
         found, losses = by_hand(model, params, inputs)

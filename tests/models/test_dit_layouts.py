@@ -66,9 +66,8 @@ def step(model, params, given, gathered=False):
             params = module.slotted(module.gathered(params, model), places)
         else:
             params = places
-        found, _, aux = model.apply(
-            params, state, given, key=jax.random.key(11), mode=TRAIN
-        )
+        found = model.apply(params, state, given, key=jax.random.key(11), mode=TRAIN)
+        found, aux = found.prediction, found.aux
         kept = jnp.where(given.valid[:, None, None, None], found, 0)
         total = jnp.sum(jnp.sin(kept)) + 100 * sum(map(jnp.sum, aux.losses.values()))
         return total, (kept, aux.health["counts"], aux.losses)

@@ -96,7 +96,8 @@ def interval(
     Rows are drawn again with replacement. That adds to a distance about as much bias
     as N samples have already: the interval is the spread of the resampled distances
     about their own mean, put around the distance. It is of the expected distance at
-    this N, bias included, as the floor has it. The reference is taken as it is.
+    this N, bias included, as the floor has it. The reference is taken as it is. Next
+    to the floor it is wider than it need be.
     """
     rng, count = np.random.default_rng(seed), len(x_nf)
     times_bn = [

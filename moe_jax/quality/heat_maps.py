@@ -67,7 +67,7 @@ def by_group(
         )
     tall = _cell(experts, 320, 5, 22)
     longest = max(_width(name) for name in group_names) + 8
-    wide = max(_cell(groups, 640, 5, 48), min(longest, 48))
+    wide = _cell(groups, 640, 1, 48)
     panel = _LINE + experts * tall + _LINE + _MARGIN
     page = _Page(title, _LEFT + groups * wide, layers * panel)
     for layer, share_eg in enumerate(share(counts_leg)):
@@ -158,7 +158,7 @@ class _Page:
 
     def __init__(self, title: str, width: int, height: int):
         self.top = _MARGIN + _LINE + _LINE + _MARGIN
-        legend = _LEFT + 5 * 44
+        legend = _LEFT + 400
         width = max(width, legend, _LEFT + _width(title)) + 2 * _MARGIN
         size = (width, self.top + height + _MARGIN)
         self._image = Image.new("RGB", size, _PAPER)
@@ -167,7 +167,7 @@ class _Page:
         self._legend()
 
     def _legend(self) -> None:
-        names = ("1/4", "1/2", "equal", "2 x", "4 x", "none")
+        names = ("1/4 or less", "1/2", "equal", "2 x", "4 x or more", "no tokens")
         shares = np.array([0.25, 0.5, 1, 2, 4, np.nan])
         left, top = _LEFT, _MARGIN + _LINE
         for name, colour in zip(names, colours(shares), strict=True):

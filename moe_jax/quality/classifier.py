@@ -96,7 +96,8 @@ class Classifier:
             # One shape, one compilation.
             full = np.zeros((_FORWARD_SIZE, *part.shape[1:]), np.float32)
             full[: len(part)] = _standard(part, self.mean, self.std)
-            made = _forward(self.graph, self.params, _placed(full))
+            with _one_device():
+                made = _forward(self.graph, self.params, full)
             rows = slice(begin, begin + len(part))
             features[rows], logits[rows] = (np.asarray(a)[: len(part)] for a in made)
         return features, logits
@@ -136,10 +137,23 @@ def train(
     mean = images.mean((0, 1, 2), dtype=np.float64).astype(np.float32)
     std = images.std((0, 1, 2), dtype=np.float64).astype(np.float32)
     std = np.where(std > 0, std, 1).astype(np.float32)
-    network = _Network(images.shape[1:], num_features, num_classes, nnx.Rngs(seed))
-    graph, params = nnx.split(network)
     steps = -(-_EPOCHS * len(images) // _BATCH_SIZE)
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
+    batches = (
+        (_standard(images[rows], mean, std), labels[rows])
+        for rows in _order(len(images), steps, seed)
+    )
+    with _one_device():
+        shape = images.shape[1:]
+        network = _Network(shape, num_features, num_classes, nnx.Rngs(seed))
+        graph, params = _fitted(network, num_classes, batches, steps)
+    return Classifier(num_classes, num_features, params, graph, mean, std)
+
+
+def _fitted(
+    network: _Network, num_classes: int, batches: Iterator, steps: int
+) -> tuple[nnx.GraphDef, nnx.State]:
+    graph, params = nnx.split(network)
     optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -152,12 +166,10 @@ def train(
         updates, moments = optimizer.update(jax.grad(loss)(params), moments)
         return optax.apply_updates(params, updates), moments
 
-    params = _placed(params)
     moments = optimizer.init(params)
-    for rows in _order(len(images), steps, seed):
-        x = _standard(images[rows], mean, std)
-        params, moments = step(params, moments, *_placed((x, labels[rows])))
-    return Classifier(num_classes, num_features, params, graph, mean, std)
+    for x, label in batches:
+        params, moments = step(params, moments, x, label)
+    return graph, params
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -180,6 +192,8 @@ def _standard(images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarr
     return (np.asarray(images, np.float32) - mean) / std
 
 
-def _placed(tree):
-    """On one device, also where a mesh of many is set."""
-    return jax.device_put(tree, jax.local_devices()[0])
+def _one_device():
+    """A context for one device of this process, also where a mesh of many is set."""
+    devices = np.array(jax.local_devices()[:1])
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.set_mesh(jax.sharding.Mesh(devices, ("alone",), axis_types=auto))

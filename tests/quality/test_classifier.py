@@ -38,6 +38,17 @@ def test_it_knows_held_out_digits(digits, trained):
     assert trained.accuracy(images, np.roll(labels, 1)) < 0.2
 
 
+def test_on_one_device_also_where_a_mesh_is_set(
+    digits, trained, axes_mesh, monkeypatch
+):
+    want = trained.features(digits[2])
+    monkeypatch.setattr(classifier, "_FEWEST_STEPS", 1)
+    monkeypatch.setattr(classifier, "_MOST_STEPS", 1)
+    with jax.set_mesh(axes_mesh(data=4)):
+        np.testing.assert_allclose(trained.features(digits[2]), want, atol=1e-5)
+        classifier.train(*digits[:2], 10, num_features=8).features(digits[2])
+
+
 def test_features_do_not_know_the_batch(digits, trained):
     images = np.concatenate([digits[2], digits[2]])  # more than one call takes
     features = trained.features(images)

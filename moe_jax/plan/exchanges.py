@@ -10,6 +10,7 @@ import math
 
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.nn import embedding
 from moe_jax.parallel import rules
 from moe_jax.plan.chips import Chip
@@ -127,7 +128,7 @@ def exchanges(facts: Facts, lay: Layout) -> list[Exchange]:
     passes = micro * (2 + (model.remat != "none"))
     turns, layers = 2 * micro * (2 + lay.exchanges_again), model.num_layers
     keys /= lay.ways("heads")
-    kind = "gather" if isinstance(lay.dispatch, Gather) else "exchange"
+    kind = "gather" if isinstance(lay.dispatch, Gather | Ring) else "exchange"
     return [
         *found,
         Exchange(TOKENS, kind, ("expert",), sent, turns * lay.moe_layers),

@@ -20,6 +20,8 @@ from moe_jax.plan.facts import Facts, Layout, Weight
 MATMUL_RATE = 0.8
 # Share of the time of weight gathers that no computation hides.
 GATHERS_EXPOSED = 0.6
+# Share of the time of a ring's transfers, the same.
+RING_EXPOSED = 0.5
 GATHERS = "weight gathers"
 SUMS = "gradient sums"
 TOKENS = "token exchange"
@@ -128,10 +130,13 @@ def exchanges(facts: Facts, lay: Layout) -> list[Exchange]:
     passes = micro * (2 + (model.remat != "none"))
     turns, layers = 2 * micro * (2 + lay.exchanges_again), model.num_layers
     keys /= lay.ways("heads")
+    count, exposed = turns * lay.moe_layers, 1.0
+    if isinstance(lay.dispatch, Ring):  # Two passes forward, three in the reverse.
+        count, exposed = 5 * micro * lay.moe_layers, RING_EXPOSED
     kind = "gather" if isinstance(lay.dispatch, Gather | Ring) else "exchange"
     return [
         *found,
-        Exchange(TOKENS, kind, ("expert",), sent, turns * lay.moe_layers),
+        Exchange(TOKENS, kind, ("expert",), sent, count, exposed),
         Exchange(TENSOR, "reduce", ("tensor",), rows, 2 * passes * layers),
         Exchange(CONTEXT, "gather", ("context",), keys, passes * layers),
     ]

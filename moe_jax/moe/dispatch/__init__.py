@@ -8,7 +8,16 @@ All give the same result where nothing is dropped; those in `MAY_DROP` may drop,
 count it.
 """
 
-from moe_jax.moe.dispatch import auto, bucket, dense, einsum, exact, gather, ragged, ring
+from moe_jax.moe.dispatch import (
+    auto,
+    bucket,
+    dense,
+    einsum,
+    exact,
+    gather,
+    ragged,
+    ring,
+)
 
 DISPATCHES = {
     dense.DenseDispatch: dense.dispatch,

@@ -1,16 +1,20 @@
 """Tokens travel round the expert group, one shard's at a time; their sums follow.
 
-In each of n hops a shard serves the tokens of one other shard (`local`), while the next
-tokens arrive and the sum of those before goes on, so that transfers run beside the
-experts' work. What it sends is what `gather` sends, `2 T D (n - 1)` elements; it never
-holds more than two shards' tokens. The reverse takes the same way once more, with the
-tokens and the gradient of their results in hand: a hop computes its rows again and
-keeps nothing, and the tokens' gradient follows. So it sends `3 T D (n - 1)`, and
-nothing is gained by saving "exchanges", "hidden" or "weights" (`model.remat`).
+In each of n hops a shard serves the tokens of one shard (`local`), while the next ones
+arrive and the sum over the shards so far goes on behind its tokens: transfers run
+beside the experts' work. A shard sends what it sends under `gather`, `2 T D (n - 1)`
+elements, and holds the tokens of two shards, not of n.
 
-Its price: n small products in place of a large one, whose weights' gradients are added.
+The reverse goes the same way once more, with the tokens and the gradients of their
+results in hand; a hop computes its rows again, and the tokens' gradients follow. That
+is `3 T D (n - 1)` elements, as many as `gather` sends where it is rematerialised. Of
+the forward pass nothing is kept but what went in, so "exchanges", "hidden" and
+"weights" in `model.remat` change nothing here.
 
-Rounds are local, as in `gather`; a hop has as many as its shard's tokens need.
+The price: n products of T rows in place of one of n T, n gradients of the experts'
+weights that are added in the type of the computation, and a program that grows with n.
+
+Rounds are local, as in `gather`, and a hop has as many as its tokens need.
 """
 
 import functools
@@ -20,8 +24,7 @@ import jax.numpy as jnp
 
 from moe_jax import config
 from moe_jax.moe.dispatch import local
-from moe_jax.moe.dispatch.common import Axes, Bring, LocalExperts, statistics
-from moe_jax.moe.dispatch.common import mean_fill
+from moe_jax.moe.dispatch.common import Axes, Bring, LocalExperts, mean_fill, statistics
 from moe_jax.moe.dispatch.permute import valid_first
 from moe_jax.moe.dispatch.plan import capacity_problems
 from moe_jax.moe.dispatch.rounds import behind_first
@@ -63,14 +66,10 @@ def dispatch(
     plans, weight_h = [], []
     with jax.named_scope("dispatch"):
         choices = routing.expert_tk, weight_tk, routing.valid_tk
-        for here in _of_hops(choices, num_local, axes):
-            expert_tk, hop_weight_tk, valid_tk = here
-            weight_h.append(hop_weight_tk)
-            plans.append(
-                local.make_local(
-                    expert_tk, valid_tk, num_local, served, options.capacity_factor
-                )
-            )
+        for expert_tk, weight_tk, valid_tk in _of_hops(choices, num_local, axes):
+            kept = (num_local, served, options.capacity_factor)
+            plans.append(local.make_local(expert_tk, valid_tk, *kept))
+            weight_h.append(weight_tk)
     given = behind_first(experts.bring, (rows, weight_h, weights), plans)
     y_td = _around(experts.run, experts.bring, axes.expert, *given)
     over_hops = lambda of: jnp.max(jnp.stack([jnp.max(of(here)) for here in plans]))
@@ -86,23 +85,21 @@ def dispatch(
 
 def _of_hops(choices: PyTree, num_local: int, axes: Axes):
     """Choices among the experts at hand, of the tokens of each hop: (T, K) each."""
-    shards = axes.expert_shards()
-    if axes.expert:
-        me = jax.lax.axis_index(axes.expert)
-        gather = lambda leaf: jax.lax.all_gather(leaf, axes.expert)
-        choices = jax.tree.map(gather, choices)
-    for hop in range(shards):
-        if axes.expert:
-            source = (me - hop) % shards
-            pick = lambda leaf, n=source: jax.lax.dynamic_index_in_dim(
-                leaf, n, keepdims=False
-            )
-            expert_tk, weight_tk, valid_tk = jax.tree.map(pick, choices)
-            expert_tk = expert_tk - num_local * me
-            valid_tk = valid_tk & (expert_tk >= 0) & (expert_tk < num_local)
-            expert_tk = jnp.where(valid_tk, expert_tk, 0)
-        else:
-            expert_tk, weight_tk, valid_tk = choices
+    if not axes.expert:
+        yield valid_first(*choices, num_local)
+        return
+    me = jax.lax.axis_index(axes.expert)
+    gather = lambda leaf: jax.lax.all_gather(leaf, axes.expert)
+    choices_n = jax.tree.map(gather, choices)
+    for hop in range(axes.expert_shards()):
+        source = (me - hop) % axes.expert_shards()
+        expert_tk, weight_tk, valid_tk = (
+            jax.lax.dynamic_index_in_dim(leaf, source, keepdims=False)
+            for leaf in choices_n
+        )
+        expert_tk = expert_tk - num_local * me
+        valid_tk = valid_tk & (expert_tk >= 0) & (expert_tk < num_local)
+        expert_tk = jnp.where(valid_tk, expert_tk, 0)
         yield valid_first(expert_tk, weight_tk, valid_tk, num_local)
 
 

@@ -1,5 +1,6 @@
 """What every model family offers to objectives, the step, and generation."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,6 +28,46 @@ class TokenInputs:
     segments: jax.Array
 
 
+@struct
+class ImageInputs:
+    """A batch of noisy images.
+
+    Attributes:
+      x: (B, H, W, C), pixels or latents.
+      time: (B,) float, in the unit in which the network sees it.
+      label: (B,) int32 classes, the null class is their number; or (B, W) vectors; None
+        for a model without a condition.
+      none: (B,) bool: the image has no class or vector, as if it was the null class.
+        None: all have.
+      valid: (B,) bool; an image that is False only fills the batch and is not routed.
+        None: all are.
+    """
+
+    x: jax.Array
+    time: jax.Array
+    label: jax.Array | None = None
+    none: jax.Array | None = None
+    valid: jax.Array | None = None
+
+
+@struct
+class ImageOutput:
+    """What a model of images says.
+
+    Attributes:
+      prediction: (B, H, W, C_out), float32 or wider.
+      losses: name -> () weighted loss of the model's own, a mean over the batch; beside
+        those of `aux`.
+      observations: like the router state.
+      aux: stacked on the MoE layers, or None.
+    """
+
+    prediction: jax.Array
+    losses: Mapping[str, jax.Array]
+    observations: dict[str, Any]
+    aux: MoEAux | None
+
+
 class Output(NamedTuple):
     """What is multiplied to get logits.
 
@@ -45,7 +86,7 @@ class Output(NamedTuple):
     softcap: float = 0.0
 
 
-class Model(Protocol):
+class RoutedModel(Protocol):
     """A model is code and static facts; weights are passed in.
 
     Attributes:
@@ -58,7 +99,6 @@ class Model(Protocol):
       needs_step_load: a loss takes the experts' load from the whole optimizer step;
         where that is accumulated, it is observed in a first pass.
       expert_axes: mesh axes over which experts are split; () without experts.
-      depths_ahead: how many further tokens `ahead` predicts; 0: none.
     """
 
     axes: Params
@@ -67,7 +107,6 @@ class Model(Protocol):
     dtype: str
     needs_step_load: bool
     expert_axes: tuple[str, ...]
-    depths_ahead: int
 
     def notes(self, rows: int, length: int) -> list[str]:
         """Lines about what was chosen for B x S tokens under the current mesh."""
@@ -87,6 +126,19 @@ class Model(Protocol):
         self, state: RouterState, observations: dict[str, Any]
     ) -> RouterState:
         """The state with what a whole step observed, for the losses of its parts."""
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that take part in serving one token."""
+
+
+class Model(RoutedModel, Protocol):
+    """A model of tokens.
+
+    Attributes:
+      depths_ahead: how many further tokens `ahead` predicts; 0: none.
+    """
+
+    depths_ahead: int
 
     def apply(
         self,
@@ -123,8 +175,27 @@ class Model(Protocol):
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states to the model's outputs, (B, S, V): for few tokens."""
 
-    def count_parameters(self) -> tuple[int, int]:
-        """All parameters, and those that take part in serving one token."""
-
     def flops_per_token(self, sequence_length: int) -> float:
         """Model FLOPs of a training step per token (forward and backward)."""
+
+
+class ImageModel(RoutedModel, Protocol):
+    """A model of noisy images."""
+
+    def apply(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: ImageInputs,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> ImageOutput:
+        """The prediction, and what the routers have to say.
+
+        In training a key is needed where conditions are dropped.
+        """
+
+    def flops_per_image(self) -> float:
+        """Model FLOPs of a training step per image (forward and backward)."""

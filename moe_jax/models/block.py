@@ -8,8 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models.base import Output, TokenInputs
 from moe_jax.models.decoder_attention import attention_of
-from moe_jax.models.decoder_config import Decoder, Kind
+from moe_jax.models.decoder_config import Decoder
 from moe_jax.models.remat import INPUT
+from moe_jax.models.segments import Kind
 from moe_jax.moe.layer import MoE, MoELayer
 from moe_jax.nn import embedding, feedforward, module, norms
 from moe_jax.parallel import rules

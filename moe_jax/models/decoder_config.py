@@ -2,11 +2,10 @@
 
 import copy
 import dataclasses
-import math
-from typing import NamedTuple
 
 from moe_jax import config
 from moe_jax.models import remat
+from moe_jax.models.segments import Segment, cut, moe_problems, turn_problems
 from moe_jax.moe import capabilities
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import norms
@@ -32,7 +31,7 @@ class Decoder(config.ModelConfig):
       attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks.
       qk_norm: what queries and keys are RMS-normalised over: "none", each "head", or
-        the whole "projection" (OLMoE).
+        the whole "projection" (OLMoE); "layer": a LayerNorm of each head.
       rope: how queries and keys turn with the position.
       window: positions that a query sees, itself included; 0: all before it.
       full_attention_every: with a window, each n-th block (the last of n) sees all
@@ -214,18 +213,9 @@ class Decoder(config.ModelConfig):
 
     def _turn_problems(self, path):
         """Of policies that are taken in turn by a run of blocks."""
-        count, ff = self.remat.count(",") + 1, self.feed_forward
-        if isinstance(ff, MoE) and (ff.every < 1 or ff.first_dense < 0):
-            return
-        for seg in segments_of(self) if count > 1 else ():
-            if seg.repeats > count and seg.repeats % count:
-                of = f"times {len(seg.blocks)} blocks" if seg.blocks[1:] else "blocks"
-                yield (
-                    f"{path}.remat={self.remat!r} has {count} policies, taken in turn: "
-                    f"the run of {seg.repeats} {of} from block {seg.first_layer} on is "
-                    f"not a multiple; their number takes one of "
-                    f"{config.divisors(seg.repeats)}"
-                )
+        ff = self.feed_forward
+        if not isinstance(ff, MoE) or (ff.every >= 1 and ff.first_dense >= 0):
+            yield from turn_problems(segments_of(self), self.remat, path)
 
     def _attention_problems(self, path, root):
         if self.qk_norm not in QK_NORMS:
@@ -262,13 +252,9 @@ class Decoder(config.ModelConfig):
                 yield f"{name}=CuDNN: {reason}; set {name} to Auto()"
 
     def _moe_problems(self, path, root):
+        yield from moe_problems(self, path, root)
         options = self.feed_forward
         if not isinstance(options, MoE):
-            if remat.names_of(self.remat) & {"exchanges", "host:exchanges"}:
-                yield (
-                    f"{path}.remat={self.remat!r}: there are no experts, so nothing is "
-                    "exchanged; leave 'exchanges' out, or set 'full'"
-                )
             return
         reason = capabilities.not_causal(options.selector)
         predicts = root.objective is not None and root.objective.autoregressive
@@ -278,12 +264,6 @@ class Decoder(config.ModelConfig):
                 f"model that predicts the next token: {reason}, so the loss would be "
                 "that of a model that sees what it predicts; choose another selector, "
                 f"or set {path}.feed_forward.allow_noncausal=True"
-            )
-        if self.num_layers < max(0, options.first_dense) + max(1, options.every):
-            yield (
-                f"{path}.feed_forward.first_dense={options.first_dense} and "
-                f"every={options.every} leaves no block for experts: "
-                f"{path}.num_layers={self.num_layers}"
             )
 
     def _mesh_problems(self, path, mesh):
@@ -301,59 +281,7 @@ class Decoder(config.ModelConfig):
                 )
 
 
-class Kind(NamedTuple):
-    """What a block is.
-
-    Attributes:
-      moe: whether its feed-forward is made of experts.
-      window: positions that a query sees; 0: all before it.
-    """
-
-    moe: bool
-    window: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A run of blocks that repeats: one scan.
-
-    Attributes:
-      blocks: of the pattern.
-      repeats: times the pattern occurs.
-      first_layer: index of its first block in the model.
-      first_moe: number of MoE blocks below.
-    """
-
-    blocks: tuple[Kind, ...]
-    repeats: int
-    first_layer: int
-    first_moe: int
-
-    @property
-    def num_moe(self) -> int:
-        """MoE blocks of the pattern."""
-        return sum(kind.moe for kind in self.blocks)
-
-
 def segments_of(options: Decoder) -> tuple[Segment, ...]:
     """Cuts the blocks into runs of one repeating pattern each."""
-    ff, total = options.feed_forward, options.num_layers
-    runs = [((False,), total)]
-    if isinstance(ff, MoE):
-        repeats, rest = divmod(total - ff.first_dense, ff.every)
-        pattern = (False,) * (ff.every - 1) + (True,)
-        runs = [((False,), ff.first_dense), (pattern, repeats), ((False,), rest)]
-    windows, every = options.windows(), options.full_attention_every or 1
-    found, layer, moe_layer = [], 0, 0
-    for moe, count in runs:
-        length = len(moe) * count
-        blocks = tuple(map(Kind, moe * count, windows[layer : layer + length]))
-        period = math.lcm(len(moe), every)
-        whole = length // period * period
-        for part in (blocks[:whole], blocks[whole:]):
-            if part:
-                seg = part[:period]
-                found.append(Segment(seg, len(part) // len(seg), layer, moe_layer))
-                layer += len(part)
-                moe_layer += sum(kind.moe for kind in part)
-    return tuple(found)
+    every = options.full_attention_every or 1
+    return cut(options.feed_forward, options.windows(), every)

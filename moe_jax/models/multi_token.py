@@ -13,7 +13,8 @@ from flax import nnx
 
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.block import Block, norm_of
-from moe_jax.models.decoder_config import Decoder, Kind
+from moe_jax.models.decoder_config import Decoder
+from moe_jax.models.segments import Kind
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import MoEAux
 from moe_jax.nn import linear, module

@@ -150,7 +150,7 @@ class MoELayer(nnx.Module):
     Args:
       d_model: D.
       options: the config.
-      std: deviation of the experts' initial weights.
+      std: deviation of the experts' initial weights, or a `module.Draw`.
       out_std: of their output projection.
       dtype: of the experts' weights.
       rngs: source of the initial weights.
@@ -162,8 +162,8 @@ class MoELayer(nnx.Module):
         options: MoE,
         *,
         rngs: nnx.Rngs,
-        std: float = 0.02,
-        out_std: float = 0.02,
+        std: float | module.Draw = 0.02,
+        out_std: float | module.Draw = 0.02,
         dtype: str = "float32",
     ):
         self.options = options

@@ -42,6 +42,27 @@ TRAIN = Mode(train=True)
 EVAL = Mode(train=False)
 
 
+@struct
+class Condition:
+    """Under what a token's image is denoised; a token's row is that of its image.
+
+    Attributes:
+      time: (T,) float, as the network sees it.
+      time_embedding: (T, D) of the time alone.
+      embedding: (T, D) of time and class or vector together: what blocks are told.
+      label: (T,) int32, the class; the null class is the number of classes. None: the
+        model knows no classes.
+      none: (T,) bool: the image is denoised without class or vector. None: there is
+        always one, or never.
+    """
+
+    time: Array
+    time_embedding: Array
+    embedding: Array
+    label: Array | None = None
+    none: Array | None = None
+
+
 @struct(static=("batch_shape",))
 class Tokens:
     """A batch of tokens on their way through a router, in the global view.
@@ -56,7 +77,7 @@ class Tokens:
       modality: (T,) int32.
       queries: (T, H, Dh), the block's, for attention-aware routing.
       keys: (T, H, Dh), likewise.
-      condition: pytree of (T, ...) that rides along (timestep, class).
+      condition: pytree of (T, ...) that rides along; from a denoiser a `Condition`.
     """
 
     features: Array

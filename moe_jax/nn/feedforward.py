@@ -105,7 +105,7 @@ class FeedForward(nnx.Module):
     Args:
       d_model: D.
       options: width, activation, gate.
-      std: deviation of the initial weights.
+      std: deviation of the initial weights, or a `module.Draw`.
       out_std: of the output projection.
       dtype: of the weights.
       rngs: source of the initial weights.
@@ -116,8 +116,8 @@ class FeedForward(nnx.Module):
         d_model: int,
         options: Dense,
         *,
-        std: float,
-        out_std: float,
+        std: float | module.Draw,
+        out_std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
     ):

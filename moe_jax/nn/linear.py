@@ -63,3 +63,65 @@ def products(
 
 def _product(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     return jnp.tensordot(x, module.cast(w, x.dtype), contracted)
+
+
+class Affine(nnx.Module):
+    """`x W + b`; the bias begins at zero.
+
+    Args:
+      into: width of x.
+      out: sizes of what comes out.
+      axes: logical, of the weight (into, *out).
+      std: deviation of the initial weight, or a `module.Draw`; None: zero.
+      dtype: of the weights.
+      rngs: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        into: int,
+        out: tuple[int, ...],
+        axes: rules.Axes,
+        *,
+        std: float | module.Draw | None,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.w = module.matrix(rngs, (into, *out), axes, std=std, dtype=dtype)
+        self.b = module.param(rngs, out, axes[1:], dtype=dtype)
+
+    def __call__(self, x: jax.Array, axes: rules.Axes) -> jax.Array:
+        """(..., into) with these logical axes -> (..., *out)."""
+        (y,) = products(x, axes, (self.w,))
+        return y + self.b[...].astype(y.dtype)
+
+
+def row(weight: nnx.Param, index: jax.Array, dtype: str) -> jax.Array:
+    """Rows of a small table (V, D) whose rows are all on every shard.
+
+    Args:
+      weight: with the axes (None, "embed").
+      index: (B,) int32, split as ("batch",).
+      dtype: of the result.
+
+    Returns:
+      (B, D), "embed" whole; NaN for an index beyond the table.
+    """
+    table = weight[...]
+    if jax.sharding.get_abstract_mesh().empty:
+        return _row(module.cast(table, dtype), index)
+    axes = rules.fitting(("batch",), index.shape)
+
+    def local(index, table):
+        table = varying.vary_like(table, index)
+        return _row(whole.bring(module.cast(table, dtype), weight.axes), index)
+
+    return jax.shard_map(
+        local,
+        in_specs=(rules.spec(axes), whole.spec(table, weight.axes)),
+        out_specs=rules.spec((*axes, None)),
+    )(index, table)
+
+
+def _row(table, index):
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)

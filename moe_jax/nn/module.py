@@ -6,6 +6,7 @@ into the module for a call. Stacking over layers is `jax.vmap` of `init`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,21 @@ from moe_jax.tree import named_leaves, path_name, struct
 
 Params = dict[str, Any]
 Builder = Callable[[nnx.Rngs], nnx.Module]
+# A key and a shape to initial values, where they are not normal.
+Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def uniform(bound: float) -> Draw:
+    """Draws from [-bound, bound]."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def xavier(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform with the variance 2 / (fan in + fan out) (Glorot and Bengio 2010).
+
+    The fans are the last two dimensions; those before count matrices.
+    """
+    return uniform(math.sqrt(6 / sum(shape[-2:])))(key, shape)
 
 
 def param(
@@ -26,19 +42,19 @@ def param(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     *,
-    std: float | None = None,
+    std: float | Draw | None = None,
     value: float = 0.0,
     dtype: Any = jnp.float32,
     rounded: bool = False,
     whole: bool = False,
 ) -> nnx.Param:
-    """A weight: normal with deviation `std` cut at 3 sigma, or constant `value`.
+    """A weight: normal with deviation `std` cut at 3 sigma, drawn, or constant `value`.
 
     Args:
       rngs: source of the initial values.
       shape: of the weight.
       axes: logical, one a dimension.
-      std: None: constant.
+      std: or a `Draw`; None: constant.
       value: where constant.
       dtype: of the weight.
       rounded: whether every use of it goes through `cast`. Its gradient then has the
@@ -50,6 +66,8 @@ def param(
     facts = dict(axes=axes, rounded=rounded, whole=whole)
     if std is None:
         return nnx.Param(jnp.full(shape, value, dtype), **facts)
+    if callable(std):
+        return nnx.Param(std(rngs.params(), shape).astype(dtype), **facts)
     draw = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
     return nnx.Param((draw * std).astype(dtype), **facts)
 

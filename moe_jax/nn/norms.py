@@ -41,6 +41,17 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale[...].astype(wide.dtype)).astype(x.dtype)
 
 
+def standardized(x: jax.Array, eps: float) -> jax.Array:
+    """`(x - mean(x)) / sqrt(var(x) + eps)` over the last dimension, float32 or wider.
+
+    The variance divides by the width.
+    """
+    wide = x.astype(module.accumulation_dtype(x.dtype))
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(variance + eps)
+
+
 class LayerNorm(nnx.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` (Ba et al. 2016).
 
@@ -57,10 +68,7 @@ class LayerNorm(nnx.Module):
         self.bias = module.param(rngs, (width,), (None,), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(module.accumulation_dtype(x.dtype))
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(variance + self.eps)
+        wide = standardized(x, self.eps)
         wide = wide * self.scale[...].astype(wide.dtype)
         return (wide + self.bias[...].astype(wide.dtype)).astype(x.dtype)
 

@@ -12,12 +12,8 @@ from moe_jax.models import build
 from moe_jax.models import remat as remat_lib
 from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
-from moe_jax.models.decoder_config import (
-    Decoder,
-    Kind,
-    Segment,
-    segments_of,
-)
+from moe_jax.models.decoder_config import Decoder, segments_of
+from moe_jax.models.segments import Kind, Segment
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward

@@ -136,7 +136,9 @@ def test_which_blocks_a_window_leaves():
             queries=segments[:, first : first + count], keys=segments, first=first
         )
         q, k = jnp.zeros((1, count, 2, 8)), jnp.zeros((1, 24, 1, 8))
-        bounds = blocked._bounds(*blocked._both_rows(4, q, k, of), window)
+        bounds = blocked._bounds(
+            *blocked._both_rows(4, q, k, of), Scoring(window=window)
+        )
         return [tuple(map(int, pair)) for pair in zip(*bounds, strict=True)]
 
     # With 5 places query 4 sees keys 0 to 4, query 8 keys 4 to 8.

@@ -84,8 +84,8 @@ class FeedForwardExperts(nnx.Module):
         num_experts: int,
         options: ExpertFeedForward,
         *,
-        std: float,
-        out_std: float,
+        std: float | module.Draw,
+        out_std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
     ):

@@ -14,7 +14,8 @@ class Linear(config.ScorerConfig):
     """One matrix.
 
     Attributes:
-      init_std: deviation of the initial weights.
+      init_std: deviation of the initial weights; 0: uniform within 1 / sqrt(D), as a
+        gate of DiT-MoE begins.
       dtype: of the weights and the product; float32 because the choice of experts
         flips on differences that bfloat16 does not hold.
       bias: add a learned vector, which begins at zero (GPT-OSS).
@@ -26,8 +27,8 @@ class Linear(config.ScorerConfig):
 
     def problems(self, path, root):
         yield from config.dtype_problems(self, path, "dtype")
-        if self.init_std <= 0:
-            yield f"{path}.init_std={self.init_std}: must be positive"
+        if self.init_std < 0:
+            yield f"{path}.init_std={self.init_std}: must not be negative"
 
 
 class LinearScorer(nnx.Module):
@@ -39,7 +40,7 @@ class LinearScorer(nnx.Module):
             rngs,
             (d_model, num_experts),
             ("embed", None),
-            std=options.init_std,
+            std=options.init_std or module.uniform(d_model**-0.5),
             dtype=options.dtype,
         )
         if options.bias:

@@ -1,4 +1,4 @@
-"""Attentions: causal within the documents of a row, with grouped queries.
+"""Attentions within the documents of a row, causal or not, with grouped queries.
 
 Each is `(options, q, k, v, segments, scoring) -> mixed`, on one shard:
 
@@ -8,7 +8,7 @@ Each is `(options, q, k, v, segments, scoring) -> mixed`, on one shard:
 | k | (B, M, Hkv, Dh) | of the whole row; query head h reads kv head h Hkv / H |
 | v | (B, M, Hkv, Dv) | of the whole row |
 | segments | `Segments` | who sees whom |
-| scoring | `Scoring` | window, cap of the scores, sinks |
+| scoring | `Scoring` | causality, window, cap of the scores, sinks |
 | mixed | (B, S, H, Dv) | in the type of q; scores and softmax are float32 or wider |
 
 All give the same result, or refuse: what a kernel does not take its `misfit` says.

@@ -66,6 +66,7 @@ def describe(options: config.AttentionConfig, call: Call) -> list[str]:
     if call.value_width != call.width:
         width += f" with values of {call.value_width}"
     extras = [
+        "" if call.causal else ", without causality",
         f", a window of {call.window}" if call.window else "",
         f", a softcap of {call.softcap:g}" if call.softcap else "",
         ", sinks" if call.sinks else "",

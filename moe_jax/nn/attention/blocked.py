@@ -7,7 +7,8 @@ block's scores again (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2)
 
 A block of queries leaves out the blocks of keys that come later than all of it, and
 those before the first that shares a document with it or is in a window: the loop's
-bounds are data.
+bounds are data. Without causality it leaves out those before the first and after the
+last that share a document with it.
 
 Inside, queries of all heads that share a kv head are rows of one matrix: arrays are
 (n, B, Hkv, t, Dh) with n blocks of t rows, for queries H / Hkv * block of them.
@@ -118,15 +119,18 @@ class _Rows:
         return x[:, : like.shape[1]].astype(like.dtype)
 
 
-def _filled(x: jax.Array, size: int) -> jax.Array:
-    missing = -x.shape[1] % size
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+def _filled(x: jax.Array, size: int, value: int = 0) -> jax.Array:
+    wide = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, wide, constant_values=value)
 
 
-def _rows(segments: jax.Array, first: Any, block: int, repeats: int) -> _Rows:
-    """Rows from the documents (B, S), the first of which has the place `first`."""
+def _rows(segments, first: Any, block: int, repeats: int, filler: int = 0) -> _Rows:
+    """Rows from the documents (B, S), the first of which has the place `first`.
+
+    `filler` is the document of rows that only fill the last block.
+    """
     size = min(block, segments.shape[1])
-    segments = _filled(segments, size)
+    segments = _filled(segments, size, filler)
     batch, length = segments.shape
     places = first + jnp.arange(length, dtype=jnp.int32).reshape(-1, size)
     segments = segments.reshape(batch, -1, size).swapaxes(0, 1)
@@ -141,23 +145,24 @@ def _rows(segments: jax.Array, first: Any, block: int, repeats: int) -> _Rows:
 def _both_rows(block, q, k, segments: Segments) -> tuple[_Rows, _Rows]:
     repeats = q.shape[2] // k.shape[2]
     queries = _rows(segments.queries, segments.first, block, repeats)
-    # A key that only fills its block comes later than every query.
-    return queries, _rows(segments.keys, 0, block, 1)
+    # A key that only fills its block is of no query's document.
+    return queries, _rows(segments.keys, 0, block, 1, filler=-1)
 
 
 def _bounds(
-    queries: _Rows, keys: _Rows, window: int = 0
+    queries: _Rows, keys: _Rows, scoring: Scoring = PLAIN
 ) -> tuple[jax.Array, jax.Array]:
     """First key block, and the one after the last, for each query block; both (n,)."""
     low = lambda rows: jnp.min(rows.segments, axis=-1)
     high = lambda rows: jnp.max(rows.segments, axis=-1)
     meet = low(keys)[None] <= high(queries)[:, None]
     meet &= high(keys)[None] >= low(queries)[:, None]
-    in_place = keys.places[:, 0] <= queries.places[:, -1:]
-    if window:
-        in_place &= queries.places[:, :1] - keys.places[:, -1] < window
+    seen = jnp.any(meet, axis=-1)
+    if scoring.causal:
+        seen &= keys.places[:, 0] <= queries.places[:, -1:]
+    if scoring.window:
+        seen &= queries.places[:, :1] - keys.places[:, -1] < scoring.window
     # There is a True in each row: no block is without a query, and it sees itself.
-    seen = in_place & jnp.any(meet, axis=-1)
     last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
     return jnp.argmax(seen, axis=1), last
 
@@ -188,7 +193,8 @@ def _scores(
         bent = jnp.tanh(scores / scoring.softcap)
         scores, slope = scoring.softcap * bent, 1 - bent**2
     seen = query[0][:, :, None] == key[0][:, None, :]
-    seen &= in_reach(query[1][:, None], key[1], scoring.window)
+    if scoring.causal:
+        seen &= in_reach(query[1][:, None], key[1], scoring.window)
     return jnp.where(seen[:, None], scores, masked_out(scores.dtype)), slope
 
 
@@ -228,7 +234,7 @@ def _forward(
         return None, (out, top + jnp.log(total))
 
     rows = queries.segments, queries.places
-    given = queries.cut(q), rows, *_bounds(queries, keys, scoring.window)
+    given = queries.cut(q), rows, *_bounds(queries, keys, scoring)
     _, (out, log_sums) = lax.scan(one, None, given)
     like = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)
     out = checkpoint_name(queries.join(out, like), ATTENDED)
@@ -266,7 +272,7 @@ def _backward(block, q, k, v, segments, scoring, out, log_sums, d_out):
 
     rows = queries.segments, queries.places
     cut = map(queries.cut, (q, d_out))
-    means, bounds = queries.cut(mean), _bounds(queries, keys, scoring.window)
+    means, bounds = queries.cut(mean), _bounds(queries, keys, scoring)
     given = *cut, log_sums, means, rows, *bounds
     zeros = tuple(jnp.zeros_like(a, wide) for a in all_keys[:2])
     (d_k, d_v), d_q = lax.scan(one, zeros, given)

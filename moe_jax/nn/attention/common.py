@@ -20,8 +20,8 @@ PROJECTED = "projected"
 class Segments:
     """Documents of the rows, from which follows who sees whom.
 
-    A query sees the keys of its own document that do not come later in the row. So it
-    always sees itself, padding too.
+    A query sees the keys of its own document, with causality those that do not come
+    later in the row. So it always sees itself, padding too.
 
     Attributes:
       queries: (B, S) int32, document of each query; padding is one too.
@@ -33,12 +33,14 @@ class Segments:
     keys: jax.Array
     first: jax.Array | int = 0
 
-    def mask(self, window: int = 0) -> jax.Array:
+    def mask(self, scoring: "Scoring") -> jax.Array:
         """(B, S, M) bool: which query sees which key."""
         query_places = self.first + jnp.arange(self.queries.shape[1])
         key_places = jnp.arange(self.keys.shape[1])
         same = self.queries[:, :, None] == self.keys[:, None, :]
-        return same & in_reach(query_places[:, None], key_places, window)
+        if not scoring.causal:
+            return same
+        return same & in_reach(query_places[:, None], key_places, scoring.window)
 
 
 def in_reach(query: jax.Array, key: jax.Array, window: int) -> jax.Array:
@@ -47,11 +49,12 @@ def in_reach(query: jax.Array, key: jax.Array, window: int) -> jax.Array:
     return seen & (query - key < window) if window else seen
 
 
-@struct(static=("window", "softcap"))
+@struct(static=("window", "softcap", "causal"))
 class Scoring:
     """What an attention does beyond the plain softmax.
 
     Attributes:
+      causal: a query sees no key that comes later in the row; else all of its document.
       window: a query sees at most that many positions, itself included (Child et al.
         2019, Mistral 7B); 0: all before it.
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); 0: they stay.
@@ -62,6 +65,14 @@ class Scoring:
     window: int = 0
     softcap: float = 0.0
     sinks: jax.Array | None = None
+    causal: bool = True
+
+    def __post_init__(self):
+        if self.window and not self.causal:
+            raise ValueError(
+                f"window={self.window} reaches back from a query, so it needs causal="
+                "True; set window=0"
+            )
 
 
 PLAIN = Scoring()
@@ -80,6 +91,7 @@ class Call:
       window: see `Scoring`.
       softcap: see `Scoring`.
       sinks: whether there are any.
+      causal: see `Scoring`.
     """
 
     queries: int
@@ -90,6 +102,7 @@ class Call:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    causal: bool = True
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring) -> "Call":
@@ -103,11 +116,14 @@ class Call:
             window=scoring.window,
             softcap=scoring.softcap,
             sinks=scoring.sinks is not None,
+            causal=scoring.causal,
         )
 
 
-def mean_seen(length: int, window: int = 0) -> float:
+def mean_seen(length: int, window: int = 0, causal: bool = True) -> float:
     """Keys that a query sees on average in rows of one document, causality halved."""
+    if not causal:
+        return float(length)
     reach = min(window or length, length)
     return reach * (1 - reach / (2 * length))
 

@@ -66,11 +66,11 @@ def attend(
         q,
         k,
         v,
-        mask=(same if whole else segments.mask(window))[:, None],
+        mask=(same if whole else segments.mask(scoring))[:, None],
         scale=1.0,
         # Blocks above the diagonal are skipped, and those before the window; a shard of
         # the row has no diagonal.
-        is_causal=whole,
+        is_causal=whole and scoring.causal,
         local_window_size=(window - 1, 0) if whole and window else None,
         implementation=implementation,
     )

@@ -14,7 +14,7 @@ from moe_jax.parallel import rules
 from moe_jax.tree import struct
 
 # What queries and keys are normed over: nothing, each head, or all heads together.
-QK_NORMS = ("none", "head", "projection")
+QK_NORMS = ("none", "head", "layer", "projection")
 _TEXT = ("batch", "sequence", None)
 
 
@@ -39,7 +39,8 @@ class SelfAttention(nnx.Module):
       num_heads: H.
       value_width: Dv.
       options: of one of `ATTENTIONS`.
-      rope: how queries and keys turn.
+      rope: how queries and keys turn; None: they do not.
+      causal: whether a query sees no later position.
       window: positions that a query sees, itself included; 0: all before it.
       softcap: of the scores; 0: none.
       sinks: whether each head has a learned score without a value.
@@ -56,17 +57,18 @@ class SelfAttention(nnx.Module):
         value_width: int,
         options: config.AttentionConfig,
         *,
-        rope: Rope,
+        rope: Rope | None,
+        causal: bool = True,
         window: int = 0,
         softcap: float = 0.0,
         sinks: bool = False,
         output_bias: bool = False,
-        out_std: float,
+        out_std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
     ):
         self.options, self.rope = options, rope
-        self.window, self.softcap = window, softcap
+        self.causal, self.window, self.softcap = causal, window, softcap
         self.has_sinks, self.has_output_bias = sinks, output_bias
         out = (num_heads, value_width, d_model)
         axes = ("heads", None, "embed")
@@ -79,10 +81,14 @@ class SelfAttention(nnx.Module):
     def _mix(self, q, k, v, positions, segments, cached: bool) -> jax.Array:
         """(B, S, H, Dv): over the row, or over a cache of one document a row."""
         sinks = self.sinks[...] if self.has_sinks else None
-        scoring = Scoring(window=self.window, softcap=self.softcap, sinks=sinks)
+        scoring = Scoring(
+            window=self.window, softcap=self.softcap, sinks=sinks, causal=self.causal
+        )
         q = rules.constrain(q, "batch", "sequence", "heads", None)
         if not cached:
             return sharded.run(self.options, q, k, v, segments, scoring)
+        if not self.causal:
+            raise ValueError("a cache grows with a text: causal=False has none")
         # A cache holds one document per row, from position 0 on.
         places = jnp.arange(k.shape[1], dtype=jnp.int32)
         mask = in_reach(positions[:, :, None], places, self.window)
@@ -107,12 +113,13 @@ class Attention(SelfAttention):
       head_dim: Dh.
       options: of one of `ATTENTIONS`.
       qk_norm: of `QK_NORMS`: "head" RMS-normalises queries and keys per head (Henry et
-        al. 2020), "projection" over all heads at once (OLMoE).
+        al. 2020), "projection" over all heads at once (OLMoE); "layer" takes a
+        LayerNorm with scale and bias per head (ViT-22B, Dehghani et al. 2023).
       bias: whether queries, keys and values have biases.
       clip: queries, keys and values are cut to [-clip, clip] after their norm (OLMoE);
         0: they are not.
       norm_eps: of the QK-norm.
-      std: deviation of the initial weights.
+      std: deviation of the initial weights, or a `module.Draw`.
       rest: of `SelfAttention`.
     """
 
@@ -128,7 +135,7 @@ class Attention(SelfAttention):
         bias: bool = False,
         clip: float = 0.0,
         norm_eps: float,
-        std: float,
+        std: float | module.Draw,
         dtype: str,
         rngs: nnx.Rngs,
         **rest,
@@ -153,7 +160,8 @@ class Attention(SelfAttention):
             over = dict(width=head_dim)
             if qk_norm == "projection":
                 over = dict(width=shape[1:], axes=heads[1:])
-            norm = norms.RMSNorm(**over, eps=norm_eps, dtype=dtype, rngs=rngs)
+            make = norms.LayerNorm if qk_norm == "layer" else norms.RMSNorm
+            norm = make(**over, eps=norm_eps, dtype=dtype, rngs=rngs)
             setattr(self, f"{name}_norm", norm)
 
     def init_cache(self, batch: int, length: int, dtype: str) -> KVCache:
@@ -179,7 +187,7 @@ class Attention(SelfAttention):
     def __call__(
         self,
         x: jax.Array,
-        positions: jax.Array,
+        positions: jax.Array | None,
         segments: jax.Array,
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
@@ -188,7 +196,7 @@ class Attention(SelfAttention):
 
         Args:
           x: (B, S, D).
-          positions: (B, S) int32.
+          positions: (B, S) int32; None where nothing turns.
           segments: (B, S) int32; with a cache 1 marks text and 0 padding.
           cache: of what came before; its rows [start, start + S) are written.
           start: () int32, the same for all of the batch.
@@ -200,8 +208,11 @@ class Attention(SelfAttention):
         length = x.shape[1] if cache is None else cache.keys.shape[1]
         # Scaled before it is rounded: a kernel takes only what is scaled.
         scale = q.shape[-1] ** -0.5
-        q = rotate(q, positions, self.rope, length=length, scale=scale)
-        k = rotate(k, positions, self.rope, length=length)
+        if self.rope is None:
+            q = (q.astype(module.accumulation_dtype(q.dtype)) * scale).astype(q.dtype)
+        else:
+            q = rotate(q, positions, self.rope, length=length, scale=scale)
+            k = rotate(k, positions, self.rope, length=length)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)

@@ -32,7 +32,7 @@ def attend(
     scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """See `ATTENTIONS`."""
-    mask = segments.mask(scoring.window)
+    mask = segments.mask(scoring)
     return checkpoint_name(masked(q, k, v, mask, scoring), ATTENDED)
 
 

@@ -1,9 +1,9 @@
 """Attention by the Pallas kernel for TPUs that comes with JAX ("splash attention").
 
-It visits the blocks of scores that causality and a window leave and keeps them on the
-chip; its derivative keeps the output and the log-sum-exp. The kernel takes heads of any
-width (below 128 they are filled up in the chip's registers), values of another width
-than keys, caps, sinks, and rows of whole lanes.
+It visits the blocks of scores that causality and a window leave, or all of them, and
+keeps them on the chip; its derivative keeps the output and the log-sum-exp. The kernel
+takes heads of any width (below 128 they are filled up in the chip's registers), values
+of another width than keys, caps, sinks, and rows of whole lanes.
 """
 
 import jax
@@ -80,7 +80,9 @@ def attend(
     if platform() != "tpu" and not interpret:
         return blocked.attend(blocked.Blocked(), q, k, v, segments, scoring)
     kernel = _kernel(options, q.shape[1], k.shape[1], scoring, interpret)
-    kernel = _of_shard(kernel, segments.first // q.shape[1], k.shape[1] // q.shape[1])
+    if scoring.causal:
+        shards = k.shape[1] // q.shape[1]
+        kernel = _of_shard(kernel, segments.first // q.shape[1], shards)
 
     # The kernel gives their gradient in the type of the queries.
     sinks = None if scoring.sinks is None else scoring.sinks.astype(q.dtype)
@@ -111,7 +113,10 @@ def _kernel(options: Splash, queries: int, keys: int, scoring: Scoring, interpre
         use_fused_bwd_kernel=options.fused_backward,
         **apart,
     )
-    mask = masks.CausalMask((keys, keys))
+    shards, mask = keys // queries, masks.CausalMask((keys, keys))
+    if not scoring.causal:
+        # All shards see the same: the kernel is that of their queries.
+        shards, mask = 1, masks.FullMask((queries, keys))
     if scoring.window:
         mask = masks.LocalMask((keys, keys), (scoring.window - 1, 0), 0)
     # One mask serves all heads.
@@ -120,7 +125,7 @@ def _kernel(options: Splash, queries: int, keys: int, scoring: Scoring, interpre
         block_sizes=sizes,
         attn_logits_soft_cap=scoring.softcap or None,
         head_shards=1,
-        q_seq_shards=keys // queries,
+        q_seq_shards=shards,
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )

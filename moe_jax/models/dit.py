@@ -1,0 +1,100 @@
+"""Diffusion transformer: adaLN-zero blocks, dense or MoE, scanned by segment."""
+
+import jax
+
+from moe_jax.models.base import ImageInputs, ImageOutput, RouterState
+from moe_jax.models.dit_block import Block, Outer
+from moe_jax.models.dit_config import DiT, segments_of
+from moe_jax.models.stacked import Stacked, is_vector
+from moe_jax.moe.dispatch import auto
+from moe_jax.moe.routing import Mode, Override
+from moe_jax.nn import attention
+from moe_jax.nn.attention.common import mean_seen
+from moe_jax.nn.module import Params
+from moe_jax.parallel import rules
+
+# What an image meets once, and not each of its tokens.
+_OF_IMAGES = ("modulation", "time", "vector")
+
+
+class DiTModel(Stacked):
+    """The diffusion transformer's code; see `models.base.ImageModel`."""
+
+    def __init__(self, options: DiT):
+        super().__init__(
+            options,
+            segments_of(options),
+            lambda kind, rngs: Block(options, kind, rngs=rngs),
+            lambda rngs: Outer(options, rngs=rngs),
+        )
+
+    def notes(self, rows: int, length: int) -> list[str]:
+        """See `RoutedModel.notes`; a row is an image, whose `length` is its own."""
+        options, ff = self.options, self.options.feed_forward
+        shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
+        call = options.attention_call(shards)
+        lines = attention.auto.describe(options.attention, call)
+        if isinstance(getattr(ff, "dispatch", None), auto.Auto):
+            tokens = options.num_tokens
+            top_k = ff.selector.experts_per_token(ff.num_experts, tokens)
+            shapes = rows * tokens, top_k, ff.num_experts
+            lines.append(auto.describe(ff.expert_axes, *shapes))
+        return lines
+
+    def apply(
+        self,
+        params: Params,
+        router_state: RouterState,
+        inputs: ImageInputs,
+        *,
+        key: jax.Array | None,
+        mode: Mode,
+        override: Override | None = None,
+    ) -> ImageOutput:
+        """See `ImageModel.apply`; arrays of `override` are stacked on the MoE layers.
+
+        Raises:
+          ValueError: inputs that do not fit the model; see `Outer.condition`.
+        """
+        outer, last = self._bound_outer(params), self.options.num_layers
+        own = None if key is None else jax.random.fold_in(key, last)
+        with jax.named_scope("condition"):
+            condition = outer.condition(inputs, own, mode)
+        with jax.named_scope("embedding"):
+            x = outer.embed(inputs.x)
+
+        def call(block, x, carry, layer):
+            x, carry, aux = block(x, inputs, condition, carry, layer, mode)
+            return x, carry, None, aux
+
+        given = dict(key=key, mode=mode, override=override)
+        x, _, observations, aux = self._run_blocks(
+            call, params, router_state, x, **given
+        )
+        with jax.named_scope("output"):
+            prediction = outer.predict(x, condition)
+        return ImageOutput(
+            prediction=prediction, losses={}, observations=observations, aux=aux
+        )
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that take part in serving one token.
+
+        The published counts have the fixed positions too, N D more.
+        """
+        shapes = self._shapes().items()
+        active = sum(leaf.size * self._share(name) for name, leaf in shapes)
+        return sum(leaf.size for _, leaf in shapes), round(active)
+
+    def flops_per_image(self) -> float:
+        """6 per active matrix weight and token (or image), and attention to all."""
+        options, tokens = self.options, self.options.num_tokens
+        products = 0.0
+        for name, leaf in self._shapes().items():
+            if is_vector(name) or name in ("label/table", "vector/null"):
+                continue
+            once = any(part in _OF_IMAGES for part in name.split("/"))
+            share = self._share(name, tokens)
+            products += leaf.size * share * (1 if once else tokens)
+        seen = options.num_layers * mean_seen(tokens, causal=False)
+        return 6 * products + 6 * 2 * options.d_model * seen * tokens

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train, or go on where the workdir stopped",
     "eval": "score a checkpoint on held-out data",
     "generate": "write text from a checkpoint",
+    "sample": "draw images from a checkpoint",
     "convert from-hf": "make a workdir of a Hugging Face checkpoint",
     "convert to-hf": "write a workdir's model for Hugging Face transformers",
     "plan": "say what a step needs and costs on devices that are not there",

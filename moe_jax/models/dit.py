@@ -1,10 +1,13 @@
 """Diffusion transformer: adaLN-zero blocks, dense or MoE, scanned by segment."""
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.models.base import ImageInputs, ImageOutput, RouterState
 from moe_jax.models.dit_block import Block, Outer
 from moe_jax.models.dit_config import DiT, segments_of
+from moe_jax.models.masks import LOSSES
+from moe_jax.models.segments import interleave
 from moe_jax.models.stacked import Stacked, is_vector
 from moe_jax.moe.dispatch import auto
 from moe_jax.moe.routing import Mode, Override
@@ -73,9 +76,39 @@ class DiTModel(Stacked):
         )
         with jax.named_scope("output"):
             prediction = outer.predict(x, condition)
+        own = None if key is None else jax.random.fold_in(key, last + 1)
+        losses = self._mask_losses(params, outer, inputs, condition, own, mode)
         return ImageOutput(
-            prediction=prediction, losses={}, observations=observations, aux=aux
+            prediction=prediction, losses=losses, observations=observations, aux=aux
         )
+
+    def _mask_losses(self, params, outer, inputs, condition, key, mode):
+        """In training only; a loss does not see the blocks' input."""
+        options = self.options
+        loss = LOSSES.get(type(options.input_mask))
+        if loss is None or not mode.train:
+            return {}
+        routers = []
+        for name, seg in self._named_segments():
+            of_blocks = []
+            for block, kind in seg.named_blocks():
+                # Stacked weights; only the router's are taken.
+                mask = self._block[kind].bind(params[name][block]).mask
+                router = dict(w=mask.scorer.w[...], b=mask.scorer.b[...])
+                of_blocks.append(router)
+            routers.append(interleave(of_blocks))
+        routers = jax.tree.map(lambda *a: jnp.concatenate(a), *routers)
+        embed = lambda times: outer.time(times, options.dtype)
+        with jax.named_scope("mask_loss"):
+            return loss(
+                options.input_mask, embed, routers, condition, inputs.valid, key
+            )
+
+    def _share(self, name: str, sequence_length: int = 0) -> float:
+        """See `Stacked`."""
+        if "/mask/" in name:
+            return self.options.input_mask.share(name.rsplit("/mask/", 1)[1])
+        return super()._share(name, sequence_length)
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token.
@@ -86,6 +119,13 @@ class DiTModel(Stacked):
         active = sum(leaf.size * self._share(name) for name, leaf in shapes)
         return sum(leaf.size for _, leaf in shapes), round(active)
 
+    def _of_images(self, name: str) -> bool:
+        """Whether a weight meets an image once, and not each of its tokens."""
+        parts = name.split("/")
+        if "scorer" in parts:
+            return "mask" in parts or self.options.feed_forward.scorer.by_time
+        return any(part in _OF_IMAGES for part in parts)
+
     def flops_per_image(self) -> float:
         """6 per active matrix weight and token (or image), and attention to all."""
         options, tokens = self.options, self.options.num_tokens
@@ -93,8 +133,11 @@ class DiTModel(Stacked):
         for name, leaf in self._shapes().items():
             if is_vector(name) or name in ("label/table", "vector/null"):
                 continue
-            once = any(part in _OF_IMAGES for part in name.split("/"))
-            share = self._share(name, tokens)
-            products += leaf.size * share * (1 if once else tokens)
+            once = leaf.size * self._share(name, tokens)
+            if name.endswith("/mask/w"):
+                # Its experts are mixed for an image, whose tokens meet the mixture.
+                products += once + leaf.size / leaf.shape[-3] * tokens
+            else:
+                products += once * (1 if self._of_images(name) else tokens)
         seen = options.num_layers * mean_seen(tokens, causal=False)
         return 6 * products + 6 * 2 * options.d_model * seen * tokens

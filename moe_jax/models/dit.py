@@ -98,10 +98,14 @@ class DiTModel(Stacked):
                 of_blocks.append(router)
             routers.append(interleave(of_blocks))
         routers = jax.tree.map(lambda *a: jnp.concatenate(a), *routers)
-        embed = lambda times: outer.time(times, options.dtype)
         with jax.named_scope("mask_loss"):
             return loss(
-                options.input_mask, embed, routers, condition, inputs.valid, key
+                options.input_mask,
+                outer.embed_times,
+                routers,
+                condition,
+                inputs.valid,
+                key,
             )
 
     def _share(self, name: str, sequence_length: int = 0) -> float:

@@ -161,6 +161,13 @@ class Outer(nnx.Module):
         tokens = self.patches(tokens, _TEXT)
         return rules.constrain(tokens + jnp.asarray(places, tokens.dtype), *_TEXT)
 
+    def embed_times(self, time: jax.Array) -> jax.Array:
+        """(M,) of no images in particular, as the network sees them -> (M, D)."""
+        count, mesh = len(time), jax.sharding.get_abstract_mesh()
+        # As many as the mesh splits alike.
+        time = jnp.pad(time, (0, -count % rules.size(mesh, "batch")))
+        return self.time(time, self.options.dtype)[:count]
+
     def condition(
         self, inputs: ImageInputs, key: jax.Array | None, mode: Mode
     ) -> Condition:

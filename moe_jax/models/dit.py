@@ -88,25 +88,21 @@ class DiTModel(Stacked):
         loss = LOSSES.get(type(options.input_mask))
         if loss is None or not mode.train:
             return {}
-        routers = []
-        for name, seg in self._named_segments():
-            of_blocks = []
-            for block, kind in seg.named_blocks():
-                # Stacked weights; only the router's are taken.
-                mask = self._block[kind].bind(params[name][block]).mask
-                router = dict(w=mask.scorer.w[...], b=mask.scorer.b[...])
-                of_blocks.append(router)
-            routers.append(interleave(of_blocks))
-        routers = jax.tree.map(lambda *a: jnp.concatenate(a), *routers)
+        routers = self._mask_routers(params)
+        told = condition, inputs.valid
         with jax.named_scope("mask_loss"):
-            return loss(
-                options.input_mask,
-                outer.embed_times,
-                routers,
-                condition,
-                inputs.valid,
-                key,
-            )
+            return loss(options.input_mask, outer.embed_times, routers, *told, key)
+
+    def _mask_routers(self, params: Params) -> dict[str, jax.Array]:
+        """The weights of all masks' routers, stacked on the blocks."""
+        found = []
+        for name, seg in self._named_segments():
+            scorers = [
+                self._block[kind].bind(params[name][block]).mask.scorer
+                for block, kind in seg.named_blocks()
+            ]
+            found.append(interleave([dict(w=s.w[...], b=s.b[...]) for s in scorers]))
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *found)
 
     def _share(self, name: str, sequence_length: int = 0) -> float:
         """See `Stacked`."""

@@ -17,7 +17,7 @@ from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 
 # What an image meets once, and not each of its tokens.
-_OF_IMAGES = ("modulation", "time", "vector")
+_OF_IMAGES = ("modulation", "time", "vector", "log_variance")
 
 
 class DiTModel(Stacked):
@@ -79,7 +79,11 @@ class DiTModel(Stacked):
         own = None if key is None else jax.random.fold_in(key, last + 1)
         losses = self._mask_losses(params, outer, inputs, condition, own, mode)
         return ImageOutput(
-            prediction=prediction, losses=losses, observations=observations, aux=aux
+            prediction=prediction,
+            log_variance=outer.uncertainty(condition),
+            losses=losses,
+            observations=observations,
+            aux=aux,
         )
 
     def _mask_losses(self, params, outer, inputs, condition, key, mode):
@@ -126,8 +130,11 @@ class DiTModel(Stacked):
             return "mask" in parts or self.options.feed_forward.scorer.by_time
         return any(part in _OF_IMAGES for part in parts)
 
-    def flops_per_image(self) -> float:
-        """6 per active matrix weight and token (or image), and attention to all."""
+    def flops_per_row(self, length: int) -> float:
+        """See `RoutedModel.flops_per_row`; of an image.
+
+        6 per active matrix weight and token (or image), and attention to all.
+        """
         options, tokens = self.options, self.options.num_tokens
         products = 0.0
         for name, leaf in self._shapes().items():

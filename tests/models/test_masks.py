@@ -15,7 +15,7 @@ from moe_jax.models.masks import MASKS
 from moe_jax.models.masks.by_time import noise_level
 from moe_jax.models.masks.switch_dit import SwitchDiT, SwitchMask
 from moe_jax.models.masks.task_routing import TaskRouting, windows
-from moe_jax.moe.routing import EVAL, TRAIN
+from moe_jax.moe.routing import EVAL
 from moe_jax.nn.module import Template
 from moe_jax.tree import named_leaves
 
@@ -163,7 +163,7 @@ def test_it_begins_as_the_model_without_a_mask():
 
 
 def test_images_without_condition_have_the_mask_of_their_time(float64):
-    """The null class, also where it is drawn, changes neither mask nor routing."""
+    """`none` is the null class, and changes nothing about the mask."""
     made = options(num_layers=1, input_mask=SWITCH, condition_dropout=0.5)
     model = DiTModel(made)
     params, inputs = drawn(model), given()
@@ -172,12 +172,6 @@ def test_images_without_condition_have_the_mask_of_their_time(float64):
     mask = switch_mask(jax.tree.map(np.asarray, params), SWITCH.top_k)
     want, _ = by_hand(model, params, null, mask)
     np.testing.assert_allclose(run(model, params, none)[0], want, rtol=1e-9, atol=1e-9)
-    key = jax.random.key(2)
-    drops = jax.random.uniform(jax.random.fold_in(key, 1), (3,), "float32") < 0.5
-    label = jnp.where(drops, 10, inputs.label)
-    want = run(model, params, dataclasses.replace(inputs, label=label))[0]
-    found = run(model, params, inputs, TRAIN, key)[0]
-    np.testing.assert_allclose(found, want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("made", [SwitchDiT(num_experts=5), TaskRouting()], ids=str)
@@ -193,7 +187,7 @@ def test_counts(made):
         once, each = 3 * (2 * D * D + D * 5), 3 * D * D
     more = np.subtract(model.count_parameters(), plain.count_parameters())
     assert list(more) == [total, active]
-    more = model.flops_per_image() - plain.flops_per_image()
+    more = model.flops_per_row(16) - plain.flops_per_row(16)
     assert more == 6 * (once + each * tokens)
 
 

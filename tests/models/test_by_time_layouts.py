@@ -24,15 +24,15 @@ from moe_jax.tree import named_leaves
 
 def model_of(name):
     """Switch-DiT's mask before sampled experts by time, or task routing alone."""
-    fields = dict(feed_forward=mlp(16), input_mask=TaskRouting(beta=0.5))
+    fields = dict(feed_forward=mlp(16), num_layers=1)
+    fields["input_mask"] = TaskRouting(beta=0.5)
     if name == "switch":
         scorer, noise = Timestep(dtype="float64"), SampledExperts()
         ff = experts(scorer=scorer, noise=noise, dispatch=DenseDispatch())
         ff.experts.d_ff = ff.shared_d_ff = 16
         mask = SwitchDiT(dtype="float64", prior_steps=30)
-        fields = dict(feed_forward=ff, input_mask=mask)
-    made = dict(num_layers=2, remat="full", attention=Blocked(block=8))
-    return DiTModel(options(**made, **fields))
+        fields = dict(feed_forward=ff, num_layers=2, remat="full", input_mask=mask)
+    return DiTModel(options(attention=Blocked(block=8), **fields))
 
 
 def step(model, params, given, gathered=False):
@@ -79,8 +79,7 @@ def alone():
 @pytest.mark.parametrize(
     "name, sizes, gathered",
     [
-        ("switch", dict(data=2, fsdp=2, tensor=2), True),
-        ("switch", dict(context=2, fsdp=2, expert=2), False),
+        ("switch", dict(context=2, fsdp=2, expert=2), True),
         ("DTR", dict(context=2, expert=2, tensor=2), False),
     ],
     ids=str,

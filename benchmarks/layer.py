@@ -29,7 +29,7 @@ from moe_jax.plan import hlo, schedule, topology
 from moe_jax.plan.collectives import Network
 
 TOKENS, SIZES = 4096, dict(d_model=2048, d_ff=1024, num_experts=64, top_k=8)
-NAMES = ("Einsum", "Bucket", "Exact", "Ragged", "Gather")
+NAMES = ("Einsum", "Bucket", "Exact", "Ragged", "Gather", "Ring")
 # Rows that hold tokens in a list of sorted rows under a uniform routing: the rest is
 # what `needed_rows` adds.
 FILL = 0.97

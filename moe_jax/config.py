@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from moe_jax.config_bases import (  # noqa: F401  Offered here too.
     AttentionConfig,
     BaseDataConfig,
+    BaseEvalConfig,
     DispatchConfig,
     ExpertsConfig,
     FeedForwardConfig,
@@ -175,36 +176,27 @@ class TrainConfig(Node):
 
 
 @node
-class EvalConfig(Node):
-    """Held-out evaluation.
+class EvalConfig(BaseEvalConfig):
+    """Held-out evaluation of text.
 
     Attributes:
-      every: steps between evaluations; 0 evaluates only at the end.
-      max_batches: batches per evaluation while training; 0 takes all. The one at the
-        end always takes all.
       baselines: compare with gzip and an order-2 byte model at the end.
       samples: texts printed at the end.
       sample_tokens: new tokens in each.
       prompt: what they begin with.
     """
 
-    every: int = 0
-    max_batches: int = 0
+    kind = "text"
     baselines: bool = False
     samples: int = 0
     sample_tokens: int = 200
     prompt: str = ""
 
     def problems(self, path, root):
-        for name in ("every", "max_batches", "samples", "sample_tokens"):
+        yield from BaseEvalConfig.problems(self, path, root)
+        for name in ("samples", "sample_tokens"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
-        for name in ("baselines", "samples", "prompt"):
-            if getattr(self, name) and root.data.kind != "text":
-                yield (
-                    f"{path}.{name}={getattr(self, name)!r}: is for text, and "
-                    f"config.data holds {root.data.kind}; leave it out"
-                )
 
 
 @node
@@ -264,7 +256,7 @@ class Config(Node):
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig | None = None
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    eval: BaseEvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -352,6 +344,12 @@ def _kind_problems(config: Config, path: str) -> Iterator[str]:
         yield (
             f"{path}.data={type(given).__name__} holds {given.kind}, but {path}.{who} "
             f"needs {' and '.join(kinds)}; change one of them"
+        )
+    elif config.eval.kind != given.kind:
+        yield (
+            f"{path}.eval={type(config.eval).__name__} evaluates {config.eval.kind}, "
+            f"and {path}.data={type(given).__name__} holds {given.kind}; set eval to "
+            "ImageEvalConfig() for images, EvalConfig() for text"
         )
 
 

@@ -157,6 +157,27 @@ class ObjectiveConfig(Node):
 
 
 @node
+class BaseEvalConfig(Node):
+    """What all held-out evaluations have.
+
+    Attributes:
+      kind: of the data.
+      every: steps between evaluations; 0 evaluates only at the end.
+      max_batches: batches per evaluation while training; 0 takes all. The one at the
+        end always takes all.
+    """
+
+    kind = ""
+    every: int = 0
+    max_batches: int = 0
+
+    def problems(self, path, root):
+        for name in ("every", "max_batches"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+
+
+@node
 class BaseDataConfig(Node):
     """What all kinds of data have.
 

@@ -5,9 +5,10 @@
 Rectified flow; 4 experts, 2 of them for each patch, and a shared one.
 """
 
-from moe_jax.config import CheckpointConfig, Config, EvalConfig, TrainConfig
+from moe_jax.config import CheckpointConfig, Config, TrainConfig
 from moe_jax.data.images.config import ImageDataConfig
 from moe_jax.data.images.sources.digits import Digits
+from moe_jax.diffusion.evaluation import ImageEvalConfig
 from moe_jax.diffusion.processes.rectified_flow import RectifiedFlow
 from moe_jax.diffusion.times import LogitNormal
 from moe_jax.models.dit_config import DiT
@@ -46,6 +47,6 @@ def get_config():
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.0),
         schedule=Constant(warmup_steps=100),
         train=TrainConfig(steps=1500, batch_size=128, ema_decay=0.995),
-        eval=EvalConfig(every=500, baselines=False),
+        eval=ImageEvalConfig(every=500, samples=100, judged=1000),
         checkpoint=CheckpointConfig(every=500),
     )

@@ -105,7 +105,19 @@ class ClassifierFree(Interval):
 
 @config.node
 class Autoguidance(Interval):
-    """Away from a worse version of the network (Karras et al. 2024, 2406.02507)."""
+    """Away from a worse version of the network (Karras et al. 2024, 2406.02507).
+
+    Attributes:
+      top_k: experts per token of the worse version, which is the same mixture of
+        experts with fewer of them.
+    """
+
+    top_k: int = 1
+
+    def problems(self, path, root):
+        yield from Interval.problems(self, path, root)
+        if self.top_k < 1:
+            yield f"{path}.top_k={self.top_k}: must be at least 1"
 
 
 @config.node

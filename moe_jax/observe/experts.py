@@ -29,7 +29,9 @@ def expert_table(
       an equal share, so 1.00 is perfect balance.
     """
     counts_le = np.asarray(counts_le)
-    lines = ["Experts: load (1.00 is an equal share) and the tokens that mark them"]
+    lines = ["Experts: load (1.00 is an equal share)"]
+    if tokens_le is not None:
+        lines[0] += " and the tokens that mark them"
     for layer, counts_e in enumerate(counts_le):
         tokens_e = None if tokens_le is None else np.asarray(tokens_le)[layer]
         lines.extend(_layer_lines(layer, counts_e, tokens_e, decode, most))

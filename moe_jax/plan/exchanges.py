@@ -10,6 +10,7 @@ import math
 
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.dispatch.gather import Gather
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.nn import embedding
 from moe_jax.parallel import rules
 from moe_jax.plan.chips import Chip
@@ -19,6 +20,8 @@ from moe_jax.plan.facts import Facts, Layout, Weight
 MATMUL_RATE = 0.8
 # Share of the time of weight gathers that no computation hides.
 GATHERS_EXPOSED = 0.6
+# Share of the time of a ring's transfers, the same.
+RING_EXPOSED = 0.5
 GATHERS = "weight gathers"
 SUMS = "gradient sums"
 TOKENS = "token exchange"
@@ -127,10 +130,13 @@ def exchanges(facts: Facts, lay: Layout) -> list[Exchange]:
     passes = micro * (2 + (model.remat != "none"))
     turns, layers = 2 * micro * (2 + lay.exchanges_again), model.num_layers
     keys /= lay.ways("heads")
-    kind = "gather" if isinstance(lay.dispatch, Gather) else "exchange"
+    count, exposed = turns * lay.moe_layers, 1.0
+    if isinstance(lay.dispatch, Ring):  # Two passes forward, three in the reverse.
+        count, exposed = 5 * micro * lay.moe_layers, RING_EXPOSED
+    kind = "gather" if isinstance(lay.dispatch, Gather | Ring) else "exchange"
     return [
         *found,
-        Exchange(TOKENS, kind, ("expert",), sent, turns * lay.moe_layers),
+        Exchange(TOKENS, kind, ("expert",), sent, count, exposed),
         Exchange(TENSOR, "reduce", ("tensor",), rows, 2 * passes * layers),
         Exchange(CONTEXT, "gather", ("context",), keys, passes * layers),
     ]

@@ -25,6 +25,7 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import attention, cross_entropy, module
 from moe_jax.parallel import rules
@@ -294,7 +295,7 @@ def bucket_rows(
         one = plan.bucket_rows(mean, dispatch.capacity_factor, size)
         rows = -(-tokens // size) * experts * one
         return rows, rows
-    if isinstance(dispatch, Gather):
+    if isinstance(dispatch, Gather | Ring):
         return tokens * top_k, tokens * shards
     if isinstance(dispatch, Ragged):
         return tokens * top_k, tokens * ragged.destinations(top_k, experts, shards)

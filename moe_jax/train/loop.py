@@ -64,7 +64,7 @@ def train(config: Config, folder: str) -> int:
 def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     progress = Progress(state=state, step=int(state.step))
     kind = kind_of(parts.config)
-    recorder = Recorder(parts, folder, progress.step, kind.of_loss(data), saved)
+    recorder = Recorder(parts, folder, progress.step, kind, kind.of_loss(data), saved)
     evaluator = kind.evaluator(parts, data)
     try:
         for line in _greeting(parts, data, changed, notes):

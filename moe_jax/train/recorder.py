@@ -15,7 +15,7 @@ from moe_jax.observe.loads import RunLoads
 from moe_jax.observe.writers import MetricsFile, TensorBoard, read_metrics
 from moe_jax.parallel import distributed
 from moe_jax.train import workdir as workdirs
-from moe_jax.train.kinds import kind_of
+from moe_jax.train.kinds.base import Kind
 from moe_jax.train.setup import Parts
 
 
@@ -26,6 +26,7 @@ class Recorder:
       parts: of the run.
       workdir: where metrics.jsonl and TensorBoard files go.
       start_step: steps done before; later lines of an earlier process are dropped.
+      kind: of its data.
       of_loss: a step's loss to further figures of it.
       saved: of `loads`, at the checkpoint from which the run goes on.
 
@@ -39,6 +40,7 @@ class Recorder:
         parts: Parts,
         workdir: str,
         start_step: int,
+        kind: Kind,
         of_loss: Callable[[float], dict[str, float]],
         saved: dict[str, Any] | None = None,
     ):
@@ -58,10 +60,9 @@ class Recorder:
                 folder = os.path.join(workdir, "tensorboard")
                 self._board = TensorBoard(folder, start_step)
         self._of_loss = of_loss
-        self._kind = kind_of(config)
+        self._kind = kind
         self._rate_name = f"{self._kind.unit}_per_second"
-        kind = parts.mesh.devices.flat[0].device_kind
-        peak = flops.peak_flops(kind)
+        peak = flops.peak_flops(parts.mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * parts.mesh.size
         per_row = parts.model.flops_per_row(config.positions())
         self._flops_per_step = config.train.batch_size * per_row
@@ -156,6 +157,11 @@ class Recorder:
         if self._board is not None:
             scalars = {f"held_out/{name}": v for name, v in _flat(figures).items()}
             self._board.scalars(step, scalars)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Shows a picture in TensorBoard, uint8 (H, W, 1 or 3)."""
+        if self._board is not None:
+            self._board.image(step, name, pixels)
 
     def totals(self) -> dict[str, Any]:
         """Figures of the whole run, earlier processes included; primary only."""

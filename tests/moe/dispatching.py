@@ -15,6 +15,7 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.moe.experts import EXPERTS
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.routing import Assignments
@@ -24,7 +25,9 @@ from moe_jax.parallel import rules
 D, F, E = 16, 24, 8
 
 # Room for everything where what has no room is dropped; several rounds elsewhere.
-FACTORS = {Bucket: 8.0, Einsum: 8.0, Exact: 0.25, Ragged: 0.25, Gather: 0.25}
+FACTORS = {Bucket: 8.0, Einsum: 8.0} | dict.fromkeys(
+    (Exact, Ragged, Gather, Ring), 0.25
+)
 KINDS = {
     "gated": ExpertFeedForward(d_ff=F),
     "plain": ExpertFeedForward(d_ff=F, activation="relu2", gated=False),

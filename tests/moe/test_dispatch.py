@@ -17,6 +17,7 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.moe.dispatch.ring import Ring
 
 
 def cases():
@@ -66,6 +67,11 @@ def test_lists_equal_the_oracle(
     equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, 32, in_lists=True)
 
 
+def test_lists_in_a_ring_equal_the_oracle(float64, axes_mesh, monkeypatch):
+    monkeypatch.setattr(plan, "_LIST_MULTIPLE", 8)
+    equals_the_oracle(axes_mesh, Ring, "data-expert", "gated", 2, 32, in_lists=True)
+
+
 def equals_the_oracle(axes_mesh, cls, mesh, kind, top_k, length, in_lists=False):
     """Under every pattern: output, gradients, counts."""
     floats, grad = dispatching.drawn(kind, 8, length, top_k)
@@ -105,8 +111,10 @@ def check_statistics(cls, mesh, stats, expert_tk, valid_tk, in_lists=False):
         counts = rows_sent(expert_tk, valid_tk, shards, group)
     else:
         counts = counts_se
+        if cls is Ring and in_lists:
+            counts = counts.reshape(-1, group, E // group).sum(axis=2)
     assert stats.peak_fill == counts.max()
-    if cls in (Exact, Gather) or (alone and not in_lists):
+    if cls in (Exact, Gather, Ring) or (alone and not in_lists):
         held = tokens // shards * (group if cls is Gather else 1)
         if not in_lists:
             capacity = oracles.capacity(held, top_k, E, FACTORS[cls])

@@ -19,6 +19,7 @@ from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.moe.routing import Assignments
 from moe_jax.parallel import compiler, rules
 
@@ -128,6 +129,21 @@ def test_exact_needs_little_more_memory_than_dropping(axes_mesh):
     assert max(exact[4], exact[8]) <= 1.1 * exact[2]
 
 
+def test_a_ring_sends_one_shards_tokens_a_hop(axes_mesh):
+    """Tokens and sums forward; the same and gradients in the reverse."""
+    tokens, d, shards = 512, 48, 4
+    mesh = axes_mesh(data=2, expert=shards)
+    fields = dict(rows=8, tokens=8 * tokens, d=d, experts=8, top_k=2, expected_k=2.0)
+    with jax.set_mesh(mesh):
+        case = Case(mesh, Ring(), **fields)
+        program = jax.make_jaxpr(case.value)(*case.arguments)
+    found = list(operations(program.jaxpr))
+    shapes_of = lambda name: [shapes for n, shapes in found if n == name]
+    assert shapes_of("ppermute") == 5 * (shards - 1) * [[(tokens, d)]]
+    # Choices and combine weights.
+    assert {shape[-1] for (shape,) in shapes_of("all_gather")} == {2}
+
+
 def collectives(text):
     """Collectives among several devices by kind, of a compiled program."""
     # jax 0.10 writes the devices, jax 0.11 the axes of the mesh.
@@ -196,7 +212,7 @@ def test_exchanges_are_not_repeated_in_rematerialisation(axes_mesh, cls):
         assert plain["all-to-all"] == 4 + 6 and full["all-to-all"] == 6 + 6
 
 
-@pytest.mark.parametrize("cls", [Exact, Gather, Ragged], ids=name)
+@pytest.mark.parametrize("cls", [Exact, Gather, Ragged, Ring], ids=name)
 def test_a_weight_asked_for_early_is_gathered_once(axes_mesh, monkeypatch, cls):
     """On chips that send weights aside: XLA makes one of the two gathers."""
     mesh = axes_mesh(fsdp=2, expert=2)

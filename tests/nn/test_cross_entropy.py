@@ -136,6 +136,24 @@ def test_sums_and_all_gradients(
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
+def test_columns_that_a_tpu_can_cut_are_sent(float64, axes_mesh, inputs, monkeypatch):
+    """Tiles are 1010 = 2 * 5 * 101, 393 = 3 * 131, a prime, 800: factors up to 7."""
+    columns = [cross_entropy._columns(v) for v in (129280, 50257, 151936, 102400)]
+    assert columns == [1024 * 128, 400 * 128, 1200 * 128, 102400]
+    monkeypatch.setattr(cross_entropy, "platform", lambda: "tpu")
+    want = with_gradients(lambda *args: plain(0.0, *args), inputs, (1.5, 0.0))
+    run = lambda given: with_gradients(
+        lambda *args: summed(Options(), *args), given, (1.5, 0.0)
+    )
+    with jax.set_mesh(axes_mesh(fsdp=2, expert=2)):
+        found = jax.jit(run)(inputs)
+        program = jax.make_jaxpr(run)(inputs)
+    for name, a, b in zip(("total", "nll", *NAMES), found, want, strict=False):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=name)
+    sent = [e for e in equations(program.jaxpr) if e.primitive.name == "reduce_scatter"]
+    assert [e.outvars[0].aval.shape for e in sent] == [(D // 2, 128), (D // 4, 128)]
+
+
 @pytest.mark.parametrize("sizes", WIDE, ids=str)
 @pytest.mark.parametrize(
     ("chunk", "z_weight", "tied"), [(0, 0.0, False), (2, 0.25, True)]

@@ -20,6 +20,7 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.dispatch.gather import Gather
 from moe_jax.moe.dispatch.ragged import Ragged
+from moe_jax.moe.dispatch.ring import Ring
 from moe_jax.nn.attention.blocked import Blocked
 from moe_jax.nn.attention.latent import LatentAttention
 from moe_jax.nn.feedforward import Dense
@@ -355,7 +356,8 @@ def test_dispatches_compute_what_they_compute():
     # Two groups of 32 tokens, each with 8 buckets for 8 rows and as many more.
     assert rows(Einsum(capacity_factor=2.0, group_size=32)) == (2 * 8 * 16,) * 2
     # All 256 tokens come, with 64 * 2 choices of a shard's experts.
-    assert rows(Gather(capacity_factor=1.5)) == (128, 256)
+    for kind in (Gather, Ring):
+        assert rows(kind(capacity_factor=1.5)) == (128, 256)
     # Two experts of 8 in 4 pairs: the second is elsewhere in 6 of 7 cases.
     served, sent = rows(Ragged())
     assert served == 128
@@ -373,6 +375,10 @@ def test_a_gathering_dispatch_sends_every_token_to_all(tiny):
     found = estimate(tiny, expert=4)
     # 64 tokens of 32 float32 to 3 others, and as many results back; twice.
     assert found.wire["token exchange"] == 2 * 4 * 64 * 32 * 4 * 3
+    # In a ring twice forward, thrice in the reverse.
+    tiny = changed(tiny, model__feed_forward__dispatch=Ring())
+    found = estimate(tiny, expert=4)
+    assert found.wire["token exchange"] == 2 * 5 * 64 * 32 * 4 * 3
 
 
 def test_a_faster_chip_is_faster(tiny):

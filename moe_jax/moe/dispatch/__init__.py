@@ -8,7 +8,16 @@ All give the same result where nothing is dropped; those in `MAY_DROP` may drop,
 count it.
 """
 
-from moe_jax.moe.dispatch import auto, bucket, dense, einsum, exact, gather, ragged
+from moe_jax.moe.dispatch import (
+    auto,
+    bucket,
+    dense,
+    einsum,
+    exact,
+    gather,
+    ragged,
+    ring,
+)
 
 DISPATCHES = {
     dense.DenseDispatch: dense.dispatch,
@@ -17,6 +26,7 @@ DISPATCHES = {
     exact.Exact: exact.dispatch,
     ragged.Ragged: ragged.dispatch,
     gather.Gather: gather.dispatch,
+    ring.Ring: ring.dispatch,
     auto.Auto: auto.dispatch,
 }
 

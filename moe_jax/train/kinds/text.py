@@ -14,7 +14,7 @@ from moe_jax.infer.generate import Sampling
 from moe_jax.observe.experts import expert_table
 from moe_jax.parallel import distributed
 from moe_jax.train.evaluate import Evaluator, typical_tokens
-from moe_jax.train.kinds import Kind
+from moe_jax.train.kinds.base import Kind
 from moe_jax.train.recorder import Recorder
 from moe_jax.train.setup import Parts
 

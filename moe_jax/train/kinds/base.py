@@ -1,4 +1,4 @@
-"""What a run does with one kind of data; text and images have a file each."""
+"""What a run knows of its kind of data."""
 
 import dataclasses
 from collections.abc import Callable
@@ -47,11 +47,3 @@ class Kind:
         """Units of an optimizer step."""
         positions = config.positions() if self.unit == "tokens" else 1
         return config.train.batch_size * positions
-
-
-def kind_of(config: Config) -> Kind:
-    """The kind of the config's data."""
-    # Both know `Kind`.
-    from moe_jax.train import images, text
-
-    return {"text": text.KIND, "images": images.KIND}[config.data.kind]

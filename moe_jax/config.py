@@ -23,6 +23,7 @@ from moe_jax.config_bases import (  # noqa: F401  Offered here too.
     FeedForwardConfig,
     GuidanceConfig,
     ImageSourceConfig,
+    InputMaskConfig,
     LossWeightConfig,
     ModelConfig,
     Node,

@@ -72,9 +72,14 @@ class FeedForwardConfig(Node):
 
 
 class ScorerConfig(Node):
-    """Base of the scorers (`moe/scorers/`)."""
+    """Base of the scorers (`moe/scorers/`).
+
+    Attributes:
+      by_time: whether it scores the time of a noisy image and nothing else.
+    """
 
     __slots__ = ()
+    by_time = False
 
 
 class SelectorConfig(Node):
@@ -120,6 +125,20 @@ class ExpertsConfig(Node):
     """Base of the expert kinds (`moe/experts/`)."""
 
     __slots__ = ()
+
+
+class InputMaskConfig(Node):
+    """Base of the masks on the input of a denoiser's blocks (`models/masks/`)."""
+
+    __slots__ = ()
+
+    def size_problems(self, path: str, d_model: int) -> Iterator[str]:
+        """Rules that need D; `path` is that of the mask."""
+        return iter(())
+
+    def share(self, name: str) -> float:
+        """Share of its weight `name` that serves an image."""
+        return 1.0
 
 
 class ObjectiveConfig(Node):

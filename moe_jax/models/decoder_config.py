@@ -263,6 +263,12 @@ class Decoder(config.ModelConfig):
         options = self.feed_forward
         if not isinstance(options, MoE):
             return
+        if options.scorer.by_time:
+            yield (
+                f"{path}.feed_forward.scorer={type(options.scorer).__name__} scores "
+                "the time of a noisy image, and text has none; choose another scorer, "
+                "or a DiT"
+            )
         reason = capabilities.not_causal(options.selector)
         predicts = root.objective is not None and root.objective.autoregressive
         if reason and predicts and not options.allow_noncausal:

@@ -1,10 +1,13 @@
 """Diffusion transformer: adaLN-zero blocks, dense or MoE, scanned by segment."""
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.models.base import ImageInputs, ImageOutput, RouterState
 from moe_jax.models.dit_block import Block, Outer
 from moe_jax.models.dit_config import DiT, segments_of
+from moe_jax.models.masks import LOSSES
+from moe_jax.models.segments import interleave
 from moe_jax.models.stacked import Stacked, is_vector
 from moe_jax.moe.dispatch import auto
 from moe_jax.moe.routing import Mode, Override
@@ -73,13 +76,43 @@ class DiTModel(Stacked):
         )
         with jax.named_scope("output"):
             prediction = outer.predict(x, condition)
+        own = None if key is None else jax.random.fold_in(key, last + 1)
+        losses = self._mask_losses(params, outer, inputs, condition, own, mode)
         return ImageOutput(
             prediction=prediction,
             log_variance=outer.uncertainty(condition),
-            losses={},
+            losses=losses,
             observations=observations,
             aux=aux,
         )
+
+    def _mask_losses(self, params, outer, inputs, condition, key, mode):
+        """In training only; a loss does not see the blocks' input."""
+        options = self.options
+        loss = LOSSES.get(type(options.input_mask))
+        if loss is None or not mode.train:
+            return {}
+        routers = self._mask_routers(params)
+        told = condition, inputs.valid
+        with jax.named_scope("mask_loss"):
+            return loss(options.input_mask, outer.embed_times, routers, *told, key)
+
+    def _mask_routers(self, params: Params) -> dict[str, jax.Array]:
+        """The weights of all masks' routers, stacked on the blocks."""
+        found = []
+        for name, seg in self._named_segments():
+            scorers = [
+                self._block[kind].bind(params[name][block]).mask.scorer
+                for block, kind in seg.named_blocks()
+            ]
+            found.append(interleave([dict(w=s.w[...], b=s.b[...]) for s in scorers]))
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *found)
+
+    def _share(self, name: str, sequence_length: int = 0) -> float:
+        """See `Stacked`."""
+        if "/mask/" in name:
+            return self.options.input_mask.share(name.rsplit("/mask/", 1)[1])
+        return super()._share(name, sequence_length)
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token.
@@ -89,6 +122,13 @@ class DiTModel(Stacked):
         shapes = self._shapes().items()
         active = sum(leaf.size * self._share(name) for name, leaf in shapes)
         return sum(leaf.size for _, leaf in shapes), round(active)
+
+    def _of_images(self, name: str) -> bool:
+        """Whether a weight meets an image once, and not each of its tokens."""
+        parts = name.split("/")
+        if "scorer" in parts:
+            return "mask" in parts or self.options.feed_forward.scorer.by_time
+        return any(part in _OF_IMAGES for part in parts)
 
     def flops_per_row(self, length: int) -> float:
         """See `RoutedModel.flops_per_row`; of an image.
@@ -100,8 +140,11 @@ class DiTModel(Stacked):
         for name, leaf in self._shapes().items():
             if is_vector(name) or name in ("label/table", "vector/null"):
                 continue
-            once = any(part in _OF_IMAGES for part in name.split("/"))
-            share = self._share(name, tokens)
-            products += leaf.size * share * (1 if once else tokens)
+            once = leaf.size * self._share(name, tokens)
+            if name.endswith("/mask/w"):
+                # Its experts are mixed for an image, whose tokens meet the mixture.
+                products += once + leaf.size / leaf.shape[-3] * tokens
+            else:
+                products += once * (1 if self._of_images(name) else tokens)
         seen = options.num_layers * mean_seen(tokens, causal=False)
         return 6 * products + 6 * 2 * options.d_model * seen * tokens

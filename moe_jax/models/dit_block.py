@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models.base import ImageInputs
 from moe_jax.models.dit_config import DiT, mlp
+from moe_jax.models.masks import MASKS
 from moe_jax.models.remat import INPUT
 from moe_jax.models.segments import Kind
 from moe_jax.models.stacked import Layer
@@ -25,12 +26,17 @@ _TEXT = ("batch", "sequence", None)
 class Block(nnx.Module):
     """Attention and feed-forward, each shifted, scaled and gated by the condition.
 
-    `x + gate * f(norm(x) (1 + scale) + shift)`, "adaLN-Zero": gates begin at zero.
+    `x + gate * f(norm(x) (1 + scale) + shift)`, "adaLN-Zero": gates begin at zero. With
+    an input mask m both residuals are those of `m x`, and are added to x.
     """
 
     def __init__(self, options: DiT, kind: Kind, *, rngs: nnx.Rngs):
         d_model, dtype = options.d_model, options.param_dtype
         self.eps, self.is_moe = options.norm_eps, kind.moe
+        self.is_masked = options.input_mask is not None
+        if self.is_masked:
+            mask = MASKS[type(options.input_mask)]
+            self.mask = mask(d_model, options.input_mask, dtype=dtype, rngs=rngs)
         self.modulation = conditioning.Modulation(d_model, 6, dtype=dtype, rngs=rngs)
         # The published code holds queries, keys and values in one matrix (D, 3 D).
         self.attention = Attention(
@@ -67,6 +73,11 @@ class Block(nnx.Module):
         `condition` has a row an image.
         """
         x = checkpoint_name(x, INPUT)
+        kept = None
+        if self.is_masked:
+            with jax.named_scope("mask"):
+                factor = self.mask(x, condition)
+                x, kept = factor * x, (1 - factor) * x
         told = self.modulation(condition.embedding)
         shift, scale, gate, *of_feed_forward = told
         segments = jnp.ones(x.shape[:2], jnp.int32)
@@ -80,7 +91,9 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("feed_forward"):
                 y = self.feed_forward(normed)
-        return rules.constrain(x + gate * y, *_TEXT), carry, aux
+        x = x + gate * y
+        x = x if kept is None else x + kept
+        return rules.constrain(x, *_TEXT), carry, aux
 
     def _normed(self, x, shift, scale):
         normed = norms.standardized(x, self.eps).astype(x.dtype)
@@ -152,6 +165,13 @@ class Outer(nnx.Module):
         tokens = rules.constrain(tokens, *_TEXT)
         tokens = self.patches(tokens, _TEXT)
         return rules.constrain(tokens + jnp.asarray(places, tokens.dtype), *_TEXT)
+
+    def embed_times(self, time: jax.Array) -> jax.Array:
+        """(M,) of no images in particular, as the network sees them -> (M, D)."""
+        count, mesh = len(time), jax.sharding.get_abstract_mesh()
+        # As many as the mesh splits alike.
+        time = jnp.pad(time, (0, -count % rules.size(mesh, "batch")))
+        return self.time(time, self.options.dtype)[:count]
 
     def condition(
         self, inputs: ImageInputs, key: jax.Array | None, mode: Mode

@@ -5,6 +5,7 @@ import dataclasses
 
 from moe_jax import config
 from moe_jax.models import remat
+from moe_jax.models.masks import MASKS
 from moe_jax.models.segments import Segment, cut, moe_problems, turn_problems
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.hashing import Hash
@@ -58,6 +59,7 @@ class DiT(config.ModelConfig):
       attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks. Blocks between those of an MoE
         have the dense feed-forward of DiT, of width `dense_d_ff`.
+      input_mask: one of `models.masks.MASKS` on what each block works on; None: none.
       qk_norm: of queries and keys per head: "none"; "layer", a LayerNorm (the large
         sizes of DiT-MoE); "head", an RMSNorm.
       norm_eps: of all norms.
@@ -83,6 +85,7 @@ class DiT(config.ModelConfig):
     feed_forward: config.FeedForwardConfig = dataclasses.field(
         default_factory=lambda: mlp(1536)
     )
+    input_mask: config.InputMaskConfig | None = None
     qk_norm: str = "none"
     norm_eps: float = 1e-6
     dtype: str = "bfloat16"
@@ -176,6 +179,7 @@ class DiT(config.ModelConfig):
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
         yield from moe_problems(self, path, root)
         yield from self._use_problems(path, root)
+        yield from self._mask_problems(f"{path}.input_mask")
         yield from self._mesh_problems(path, root.mesh)
 
     def _size_problems(self, path):
@@ -246,6 +250,17 @@ class DiT(config.ModelConfig):
             if reason := cudnn.misfit(dataclasses.replace(call, dtype="bfloat16")):
                 name = f"{path}.attention"
                 yield f"{name}=CuDNN: {reason}; set {name} to Auto()"
+
+    def _mask_problems(self, path):
+        mask = self.input_mask
+        if mask is None:
+            return
+        if type(mask) not in MASKS:
+            yield (
+                f"{path} is a {type(mask).__name__}, which is none of "
+                f"{[cls.__name__ for cls in MASKS]}"
+            )
+        yield from mask.size_problems(path, self.d_model)
 
     def _mesh_problems(self, path, mesh):
         wide = mesh.fsdp * mesh.expert

@@ -12,6 +12,7 @@ from moe_jax.moe import noises, scorers, selectors
 from moe_jax.moe.balance.options import LOAD_BALANCE
 from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
 from moe_jax.moe.noises.input_jitter import InputJitter
+from moe_jax.moe.noises.sampled_experts import SampledExperts
 from moe_jax.moe.scorers.no_scores import NoScores
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.global_top_k import GlobalTopK
@@ -49,6 +50,9 @@ class Facts:
     explore: str = ""
     not_causal: Callable[[config.SelectorConfig], str] = lambda options: ""
 
+
+# Noises that replace the choice.
+_RANDOM = (EpsilonGreedy, SampledExperts)
 
 _MIXES = "every token goes to every expert"
 _CONTINUOUS = dict(
@@ -167,7 +171,7 @@ def _noise(moe, path) -> Iterator[str]:
         return
     found = facts(moe.selector)
     reason = found.scores
-    if isinstance(moe.noise, EpsilonGreedy):
+    if isinstance(moe.noise, _RANDOM):
         reason = found.explore
     elif not isinstance(moe.noise, InputJitter):
         reason = reason or found.logit_noise
@@ -201,4 +205,4 @@ def _losses(moe, path) -> Iterator[str]:
 
 
 def _gaussian(noise: config.NoiseConfig | None) -> bool:
-    return noise is not None and not isinstance(noise, InputJitter | EpsilonGreedy)
+    return noise is not None and not isinstance(noise, (InputJitter, *_RANDOM))

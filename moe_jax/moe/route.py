@@ -51,7 +51,7 @@ def route(
         fold(_SELECTOR),
     )
     routing = select(override)
-    chosen_tk = noise.choice(routing, override, fold(_CHOICE), mode)
+    chosen_tk = noise.choice(routing, tokens, override, fold(_CHOICE), mode)
     if chosen_tk is not None:
         replay = dict(expert_tk=chosen_tk, valid_tk=routing.valid_tk)
         given = Override() if override is None else override

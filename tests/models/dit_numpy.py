@@ -87,7 +87,7 @@ def balance(w, x, top_k):
     return count * np.sum(shares * probs.mean(axis=0))
 
 
-def forward(params, blocks, x, times, embedded, patch, qk_norm, top_k):
+def forward(params, blocks, x, times, embedded, patch, qk_norm, top_k, mask=None):
     """The prediction, and each MoE layer's balance loss.
 
     Args:
@@ -99,6 +99,7 @@ def forward(params, blocks, x, times, embedded, patch, qk_norm, top_k):
       patch: side.
       qk_norm: "none" or "layer".
       top_k: K.
+      mask: a block's weights, (B, N, D) and times to what blocks are masked by.
     """
     count, side = len(x), x.shape[1] // patch
     cut = lambda a, i, j: a[i * patch :, j * patch :][:patch, :patch]
@@ -111,6 +112,9 @@ def forward(params, blocks, x, times, embedded, patch, qk_norm, top_k):
     h = h + places(side, h.shape[-1])
     losses = []
     for w in blocks:
+        kept = h
+        h = h if mask is None else h * mask(w, h, times)
+        masked = h
         told = affine(w["modulation"]["linear"], silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = np.split(
             told[:, None], 6, axis=-1
@@ -125,7 +129,7 @@ def forward(params, blocks, x, times, embedded, patch, qk_norm, top_k):
             losses.append(balance(w["moe"], rows, top_k))
         else:
             y = mlp(w["feed_forward"], seen)
-        h = h + gate_m * y
+        h = kept + (h + gate_m * y - masked)
     told = affine(params["modulation"]["linear"], silu(c))
     shift, scale = np.split(told[:, None], 2, axis=-1)
     y = affine(params["output"], norm(h) * (1 + scale) + shift)

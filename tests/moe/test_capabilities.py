@@ -23,6 +23,7 @@ from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
 from moe_jax.moe.noises.gaussian import Gaussian
 from moe_jax.moe.noises.input_jitter import InputJitter
 from moe_jax.moe.noises.learned_gaussian import LearnedGaussian
+from moe_jax.moe.noises.sampled_experts import SampledExperts
 from moe_jax.moe.routing import Mixing
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.no_scores import NoScores
@@ -98,6 +99,7 @@ def test_scorers_and_noises_combine_as_the_table_says(selector):
         Gaussian: (*CONTINUOUS, Hash),
         LearnedGaussian: (*CONTINUOUS, Hash),
         EpsilonGreedy: no_choice,
+        SampledExperts: no_choice,
     }
     assert set(refusing) == set(NOISES)
     for noise, selectors in refusing.items():

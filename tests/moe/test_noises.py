@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe.noises import NOISES
@@ -13,6 +14,7 @@ from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
 from moe_jax.moe.noises.gaussian import Gaussian
 from moe_jax.moe.noises.input_jitter import InputJitter
 from moe_jax.moe.noises.learned_gaussian import LearnedGaussian
+from moe_jax.moe.noises.sampled_experts import SampledExperts
 from moe_jax.moe.route import route
 from moe_jax.moe.routing import EVAL, TRAIN, Override, Tokens
 from moe_jax.moe.scorers.linear import Linear, LinearScorer
@@ -22,6 +24,7 @@ from moe_jax.nn.module import Template
 
 T, D, E = 4000, 3, 6
 CASES = [InputJitter(eps=0.2), Gaussian(sigma=3.0), LearnedGaussian(), EpsilonGreedy()]
+CASES.append(SampledExperts())
 SELECTOR = TopK(top_k=2, renormalize=False)
 
 
@@ -161,6 +164,43 @@ def test_epsilon_greedy_keeps_to_the_override_and_the_number():
     selector = TopP(p=0.5, k_max=4)
     clean, found = run(None, selector=selector), run(noise, selector=selector)
     np.testing.assert_array_equal(found.valid_tk, clean.valid_tk)
+
+
+def test_experts_are_drawn_without_replacement():
+    """P(i, then j) = p_i p_j / (1 - p_i), for each image once."""
+    rows, length = 4000, 3
+    logits = np.array([2.0, 1.0, 0.0, -1.0, -40.0])
+
+    class Constant(LinearScorer):
+        def __call__(self, tokens, carry, key, mode):
+            return jnp.tile(jnp.asarray(logits, "float32"), (rows * length, 1)), carry
+
+    tokens = Tokens(
+        features=jnp.zeros((rows * length, D)),
+        valid=jnp.ones(rows * length, bool),
+        batch_shape=(rows, length),
+    )
+    constant = Constant(D, 5, Linear(), nnx.Rngs(0))
+    noise = NOISES[SampledExperts](D, 5, SampledExperts(), nnx.Rngs(0))
+    given = (tokens, {}, None, jax.random.key(3), TRAIN)
+    routing, _ = route(constant, noise, TopK(top_k=2), *given, None)
+    chosen = np.asarray(routing.expert_tk).reshape(rows, length, 2)
+    assert (chosen == chosen[:, :1]).all()
+    p = np.exp(logits) / np.exp(logits).sum()
+    for i in range(4):
+        for j in range(4):
+            want = 0 if i == j else p[i] * p[j] / (1 - p[i])
+            rate = (chosen[:, 0] == [i, j]).all(axis=1).mean()
+            assert abs(rate - want) < 5 * (want / rows) ** 0.5 + 1e-9, (i, j)
+    # Weights are the clean probabilities, renormalised.
+    weights = p[routing.expert_tk]
+    weights /= weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(routing.weight_tk, weights, rtol=1e-5)
+    pruned = Override(expert_mask=jnp.array([False, True, True, True, True]))
+    routing, _ = route(constant, noise, TopK(top_k=4), *given, pruned)
+    assert not (np.asarray(routing.expert_tk) == 0).any()
+    # The least probable comes last, and is taken where nothing else is left.
+    np.testing.assert_array_equal(routing.expert_tk[:, 3], 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Scorers against numpy, and what all of them must keep."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,15 @@ import pytest
 from oracles import ACTIVATIONS
 
 from moe_jax import config
-from moe_jax.moe.routing import EVAL, Tokens
+from moe_jax.models.decoder_config import Decoder
+from moe_jax.moe.layer import MoE
+from moe_jax.moe.routing import EVAL, Condition, Tokens
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.cosine import Cosine
 from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.scorers.mlp import MLP
 from moe_jax.moe.scorers.no_scores import NoScores
+from moe_jax.moe.scorers.timestep import Timestep, TimestepMLP
 from moe_jax.nn.module import Template
 
 T, D, E = 9, 6, 5
@@ -24,6 +29,9 @@ CASES = [
     Cosine(proj_dim=0, temperature=1.0, **WIDE),
     MLP(hidden=7, **WIDE),
     MLP(hidden=3, activation="relu", **WIDE),
+    Timestep(**WIDE),
+    TimestepMLP(**WIDE),
+    TimestepMLP(hidden=3, activation="relu", **WIDE),
     NoScores(),
 ]
 
@@ -48,6 +56,10 @@ EXPECTED = {
     Linear: lambda options, weights, x: x @ weights["w"] + weights.get("b", 0),
     Cosine: cosine,
     MLP: mlp,
+    Timestep: lambda options, weights, x: (
+        x / (1 + np.exp(-x)) @ weights["w"] + weights["b"]
+    ),
+    TimestepMLP: mlp,
     NoScores: lambda options, weights, x: np.zeros((T, E)),
 }
 
@@ -57,7 +69,10 @@ def made(options):
 
 
 def score(template, weights, x):
-    tokens = Tokens(features=x, valid=jnp.ones(T, bool), batch_shape=(1, T))
+    """Each token is an image; to scorers by time x is the embedding of its time."""
+    valid = jnp.ones(T, bool)
+    condition = Condition(time=jnp.zeros(T), time_embedding=x, embedding=-x)
+    tokens = Tokens(features=x, valid=valid, batch_shape=(T, 1), condition=condition)
     return template.bind(weights)(tokens, None, None, EVAL)
 
 
@@ -133,6 +148,46 @@ def test_the_cosine_sees_directions_only():
     assert np.isfinite(np.asarray(grad)).all()
 
 
+@pytest.mark.parametrize("options", [Timestep(**WIDE), TimestepMLP(**WIDE)], ids=str)
+def test_tokens_of_an_image_share_the_logits_of_its_time(float64, options):
+    template, rng = made(options), np.random.default_rng(0)
+    weights = template.init(jax.random.key(0))
+    time_bd, features = rng.normal(size=(3, D)), rng.normal(size=(3 * 4, D))
+
+    def tokens_at(time_bd):
+        time_td = jnp.repeat(time_bd, 4, axis=0)
+        told = Condition(
+            time=jnp.zeros(12), time_embedding=time_td, embedding=2 * time_td
+        )
+        return Tokens(
+            features=jnp.asarray(features),
+            valid=jnp.ones(12, bool),
+            batch_shape=(3, 4),
+            condition=told,
+        )
+
+    scorer = template.bind(weights)
+    found, _ = scorer(tokens_at(jnp.asarray(time_bd)), None, None, EVAL)
+    want = EXPECTED[type(options)](options, jax.tree.map(np.asarray, weights), time_bd)
+    np.testing.assert_allclose(found, np.repeat(want, 4, axis=0), rtol=1e-10)
+    # The image's embedding gets the gradients of all its tokens.
+    factors = rng.normal(size=(12, E))
+    value = lambda t: jnp.sum(scorer(tokens_at(t), None, None, EVAL)[0] * factors)
+    grad, way = jax.grad(value)(jnp.asarray(time_bd)), rng.normal(size=(3, D))
+    moved = [value(jnp.asarray(time_bd + sign * 1e-6 * way)) for sign in (1, -1)]
+    want = (moved[0] - moved[1]) / 2e-6
+    np.testing.assert_allclose(np.sum(grad * way), want, rtol=1e-6)
+    alone = dataclasses.replace(tokens_at(jnp.asarray(time_bd)), condition=None)
+    with pytest.raises(ValueError, match="scores the time of a noisy image"):
+        scorer(alone, None, None, EVAL)
+
+
+def test_text_has_no_time():
+    model = Decoder(feed_forward=MoE(scorer=Timestep()))
+    (found,) = model.problems("config.model", config.Config())
+    assert "feed_forward.scorer=Timestep scores the time of a noisy image" in found
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -144,6 +199,12 @@ def test_the_cosine_sees_directions_only():
         (MLP(hidden=0), "hidden=0: must be at least 1"),
         (MLP(activation="step"), "activation='step'"),
         (MLP(init_std=-1.0), "init_std=-1.0: must be positive"),
+        (Timestep(init_std=-1.0), "init_std=-1.0: must not be negative"),
+        (TimestepMLP(hidden=-1), "hidden=-1: must not be negative"),
+        (TimestepMLP(activation="step"), "activation='step'"),
+        (TimestepMLP(init_std=0.0), "init_std=0.0: must be positive"),
+        (Timestep(init_std=0.0), ""),
+        (TimestepMLP(), ""),
         (Cosine(), ""),
         (MLP(), ""),
         (NoScores(), ""),

@@ -9,6 +9,7 @@ from moe_jax.moe.noises import (
     gaussian,
     input_jitter,
     learned_gaussian,
+    sampled_experts,
 )
 
 NOISES = {
@@ -16,4 +17,5 @@ NOISES = {
     gaussian.Gaussian: gaussian.GaussianNoise,
     learned_gaussian.LearnedGaussian: learned_gaussian.LearnedGaussianNoise,
     epsilon_greedy.EpsilonGreedy: epsilon_greedy.Explore,
+    sampled_experts.SampledExperts: sampled_experts.Sample,
 }

@@ -23,7 +23,12 @@ class Noise(nnx.Module):
         return None
 
     def choice(
-        self, routing: Routing, override: Override | None, key: jax.Array, mode: Mode
+        self,
+        routing: Routing,
+        tokens: Tokens,
+        override: Override | None,
+        key: jax.Array,
+        mode: Mode,
     ) -> Array | None:
         """Experts (T, K) in place of the chosen ones, or None."""
         return None

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe.noises.base import Noise
-from moe_jax.moe.routing import Array, Mode, Override, Routing
+from moe_jax.moe.routing import Array, Mode, Override, Routing, Tokens
 
 
 @config.node
@@ -35,7 +35,12 @@ class Explore(Noise):
         self.probability = options.probability
 
     def choice(
-        self, routing: Routing, override: Override | None, key: jax.Array, mode: Mode
+        self,
+        routing: Routing,
+        tokens: Tokens,
+        override: Override | None,
+        key: jax.Array,
+        mode: Mode,
     ) -> Array | None:
         """Of an override, a replay stays as it is, and pruned experts stay out."""
         if not mode.train or (override is not None and override.expert_tk is not None):

@@ -6,11 +6,13 @@ A scorer is a module built by `(d_model, num_experts, options, rngs)` and called
 For a selector with slots, `num_experts` is the number of slots of all experts.
 """
 
-from moe_jax.moe.scorers import cosine, linear, mlp, no_scores
+from moe_jax.moe.scorers import cosine, linear, mlp, no_scores, timestep
 
 SCORERS = {
     linear.Linear: linear.LinearScorer,
     cosine.Cosine: cosine.CosineScorer,
     mlp.MLP: mlp.MLPScorer,
     no_scores.NoScores: no_scores.NoScorer,
+    timestep.Timestep: timestep.TimestepScorer,
+    timestep.TimestepMLP: timestep.TimestepMLPScorer,
 }

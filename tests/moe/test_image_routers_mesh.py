@@ -100,6 +100,8 @@ def test_the_same_on_a_mesh_with_another_dispatch(float64, axes_mesh, name):
     want = run(*given)
     (grads, (y, aux)), evaluated = want
     assert np.all(np.asarray(y)[~VALID] == 0) and aux.stats > 0
+    routed = ROUTERS[name][0].num_routed(E)
+    assert aux.observation.sums["assignments"].shape == (routed,)
     assert evaluated is None or np.abs(evaluated).max() > 0.1
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.abs(grad).max() > 1e-6, path

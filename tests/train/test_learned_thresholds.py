@@ -17,6 +17,7 @@ from moe_jax.train import setup, step
 from moe_jax.tree import named_leaves
 
 STATE = "segment_0/block_0/threshold"
+SEEN = "segment_0/block_0/sums/thresholds"
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +66,18 @@ def test_thresholds_move_once_a_step_by_what_its_parts_saw(run):
         micros = step.micro_batches(batch, 2)
         seen = [observed(jax.tree.map(lambda a, i=i: a[i], micros)) for i in (0, 1)]
     seen = [named_leaves(s) for s in jax.device_get(seen)]
-    sums = {n.replace("threshold", "sums/thresholds"): n for n in [STATE]}
-    (name,) = sums
-    values = [s[name] for s in seen]
+    values = [s[SEEN] for s in seen]
     assert not np.array_equal(*values) and min(v.min() for v in values) > 0
     after = named_leaves(new.router_state)[STATE]
     np.testing.assert_allclose(after, 0.25 * np.mean(values, axis=0), rtol=1e-5)
-    counts = named_leaves(found.observations)[name + "_seen"]
+    counts = named_leaves(found.observations)[SEEN + "_seen"]
     np.testing.assert_array_equal(counts, np.full(after.shape, 2))
     # The predictor learns, and a second step adds to the first.
     grads = named_leaves(found.grads)
     assert np.abs(grads["segment_0/block_0/moe/selector/w_out"]).max() > 0
     with jax.set_mesh(parts.mesh):
         again, newer = jax.device_get(both(new, batch))
-    value = named_leaves(again.observations)[name] / 2
+    value = named_leaves(again.observations)[SEEN] / 2
     want = 0.75 * after + 0.25 * value
     np.testing.assert_allclose(named_leaves(newer.router_state)[STATE], want, rtol=1e-5)
 

@@ -212,6 +212,12 @@ def test_the_length_of_a_token_says_nothing(float64):
     np.testing.assert_array_equal(one.expert_tk, two.expert_tk)
     np.testing.assert_allclose(one.weight_tk, two.weight_tk, atol=6e-8)
     assert np.abs(one.weight_tk).max() <= 1
+    cosines = x @ prototypes / np.linalg.norm(x, axis=1)[:, None]
+    cosines /= np.linalg.norm(prototypes, axis=0)
+    np.testing.assert_allclose(one.logits_te[:, :-1], cosines, rtol=1e-9)
+    odd = Cosine(learned=False, min_temperature=0.1)
+    (problem,) = odd.problems("scorer", None)
+    assert "min_temperature=0.1 would be ignored" in problem
 
 
 def test_balance_knows_nothing_of_the_last_expert(float64):

@@ -20,8 +20,7 @@ def long_description() -> str:
 
 
 PLAN = ["libtpu"]
-TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
-TEST += ["tokenizers", "pillow"]
+TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tokenizers"]
 
 setup(
     name="moe_jax",
@@ -49,13 +48,13 @@ setup(
         "rich",
         "numpy",
         "ml_dtypes",
+        "pillow>=10.1",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "plan": PLAN,
         "hf": ["tokenizers"],
-        "images": ["pillow"],
         "parity": ["transformers>=5.23", "torch", "safetensors"],
         "tf": ["tensorflow-cpu"],
         "plots": ["matplotlib"],

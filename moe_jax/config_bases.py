@@ -38,6 +38,12 @@ class ModelConfig(Node):
         """Positions that a row of `data` has in the model, S; text has its own."""
         raise NotImplementedError(f"{type(self).__name__} takes {data.kind}")
 
+    def row_shapes(
+        self, data: "BaseDataConfig"
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of each array of a batch, of one row."""
+        raise NotImplementedError
+
     def rows_together(self) -> int:
         """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
         return 1
@@ -126,11 +132,13 @@ class ObjectiveConfig(Node):
     Attributes:
       autoregressive: whether a prediction must not depend on later positions.
       data_kind: the `kind` of `config.data` that it takes.
+      uses_average: whether it looks at the averaged parameters.
     """
 
     __slots__ = ()
     autoregressive = False
     data_kind = "text"
+    uses_average = False
 
 
 @node

@@ -25,6 +25,7 @@ FLOORS = [
     {"diffusion"},
     {"objectives"},
     {"data", "checkpoint", "observe"},
+    {"quality"},
     {"infer"},
     {"train"},
     {"infer.load"},

@@ -15,7 +15,8 @@ from moe_jax.config import Config
 from moe_jax.data import pipeline
 from moe_jax.observe import flops
 from moe_jax.parallel import batches
-from moe_jax.train import loop, setup
+from moe_jax.train import setup
+from moe_jax.train.kinds import kind_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Report:
       returns: time until the step's call returns; where the devices are the host's
         own cores, they take them from the caller.
       leaves: in and out.
-      tokens: of a step.
+      tokens: of a step; of images their patches.
       mfu: None where the device's peak is not known.
       peak_bytes: most memory in use on a device; None where the backend keeps silent.
       program_bytes: what the compiler sets aside on a device, the state included.
@@ -76,7 +77,7 @@ class Bench:
 
     def __init__(self, config: Config):
         data = pipeline.prepare(config)
-        loop.check_vocabulary(config, data)
+        kind_of(config).check(config, data)
         self.parts = setup.make_parts(config)
         self._compilation = compiling.compile_step(self.parts)
         self._run = self._compilation.program
@@ -91,8 +92,7 @@ class Bench:
         step, waiting, placing, idle = self._train(steps, warm_up)
         calls_of, leaves = self._calls(calls)
         config, mesh = self.parts.config, self.parts.mesh
-        tokens = self._size * config.data.sequence_length
-        per_token = self.parts.model.flops_per_token(config.data.sequence_length)
+        per_row = self.parts.model.flops_per_row(config.positions())
         device = mesh.local_devices[0]
         return Report(
             compile_seconds=self._compilation.seconds,
@@ -102,9 +102,9 @@ class Bench:
             idle_steps=idle,
             **calls_of,
             leaves=leaves,
-            tokens=tokens,
+            tokens=self._size * config.positions(),
             mfu=flops.mfu(
-                per_token * tokens, step.median, device.device_kind, mesh.size
+                per_row * self._size, step.median, device.device_kind, mesh.size
             ),
             peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
             program_bytes=_program_bytes(self._run),

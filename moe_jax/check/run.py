@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax.check import compare
+from moe_jax.check import compare, rows
 from moe_jax.check.compare import Difference, Record
 from moe_jax.config import Config, MeshConfig, Node
 from moe_jax.moe.routing import Mode, Override, Routing
 from moe_jax.parallel import batches
 from moe_jax.train import setup, step
 from moe_jax.train.setup import Parts
+from moe_jax.train.state import TrainState
 
 _LEAST_ROWS = 8
 _CAPTURE = Mode(train=True, capture=True)
@@ -80,31 +81,12 @@ def prepare(config: Config, meshes: dict[str, MeshConfig], shrink: bool) -> Conf
     config = copy.deepcopy(config)
     if shrink:
         config.model = config.model.shrunk()
-        config.data.sequence_length = min(config.data.sequence_length, 64)
+        if isinstance(config.data, config_lib.DataConfig):
+            config.data.sequence_length = min(config.data.sequence_length, 64)
     shards = math.lcm(*(m.data * m.fsdp * m.expert for m in meshes.values()))
     rows = config.train.accumulation * shards * config.model.rows_together()
     config.train.batch_size = rows * -(-_LEAST_ROWS // rows)
     return config
-
-
-def random_batch(config: Config, dtype: str) -> dict[str, np.ndarray]:
-    """Packed documents of random tokens with padding at the end of some rows."""
-    rng = np.random.default_rng(config.seed)
-    shape = (config.train.batch_size, config.data.sequence_length)
-    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
-    starts = rng.random(shape) < 3 / shape[1]
-    starts[:, 0] = True
-    index = np.broadcast_to(np.arange(shape[1]), shape)
-    begin = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    padding = index >= shape[1] - rng.integers(0, shape[1] // 4 + 1, (shape[0], 1))
-    last = np.concatenate([starts[:, 1:], np.ones((shape[0], 1), bool)], axis=1)
-    return {
-        "tokens": tokens[:, :-1].astype(np.int32),
-        "targets": tokens[:, 1:].astype(np.int32),
-        "positions": (index - begin).astype(np.int32),
-        "segments": np.where(padding, 0, np.cumsum(starts, axis=1)).astype(np.int32),
-        "weights": (~padding & ~last).astype(dtype),
-    }
 
 
 def _parts(config: Config, mesh: MeshConfig) -> Parts:
@@ -169,9 +151,10 @@ def check_dtype(
     two experts whose scores agree to the last digits is no property of the layout.
     """
     config = with_dtype(config, dtype)
-    batch = random_batch(config, dtype)
+    batch = rows.random_batch(config, dtype)
     one = _parts(config, MeshConfig(data=1))
-    state = jax.device_get(setup.fresh_state(one))
+    fresh = jax.device_get(setup.fresh_state(one))
+    state = without_zeros(fresh)
     reference, routing = run_step(one, state, batch, None, dtype)
     replay = None
     if routing is not None and dtype != "float64":
@@ -186,7 +169,7 @@ def check_dtype(
                 mesh=name,
                 dtype=dtype,
                 differences=[
-                    _initial(begun, state.params),
+                    _initial(begun, fresh.params),
                     *compare.differences(found, reference, dtype),
                 ],
                 dropped=(found.dropped, reference.dropped),
@@ -194,6 +177,21 @@ def check_dtype(
             )
         )
     return results
+
+
+def without_zeros(state: TrainState) -> TrainState:
+    """The state with random values for parameters that are zero throughout.
+
+    Behind gates that begin at zero nothing else would have a gradient.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(a):
+        return a if np.any(a) else rng.normal(size=a.shape, scale=0.02).astype(a.dtype)
+
+    params = jax.tree.map(fill, state.params)
+    ema = None if state.ema is None else jax.tree.map(np.copy, params)
+    return dataclasses.replace(state, params=params, ema=ema)
 
 
 def _initial(found: Any, reference: Any) -> Difference:

@@ -1,9 +1,10 @@
-"""Scores a checkpoint on held-out text.
+"""Scores a checkpoint on held-out data.
 
 Example:
   moe-jax eval --workdir=runs/quickstart
 
-Prints one line of JSON: loss in nats per token, perplexity, bits per byte.
+Prints one line of JSON: of text the loss in nats per token, perplexity, bits per byte;
+of images the denoising loss, also by time.
 """
 
 import json
@@ -30,13 +31,13 @@ def main() -> int:
     from moe_jax.data import pipeline
     from moe_jax.infer import load
     from moe_jax.parallel import distributed
-    from moe_jax.train.evaluate import Evaluator
+    from moe_jax.train.kinds import kind_of
 
     data = pipeline.prepare(config)
     loaded = load.load(FLAGS.workdir, config, FLAGS.step, data.content_hash)
     for note in loaded.notes:
         print(note, file=sys.stderr)
-    evaluator = Evaluator(loaded.parts, data.bytes_per_token("validation"))
+    evaluator = kind_of(config).evaluator(loaded.parts, data)
     figures = evaluator.score(loaded.state, data, FLAGS.max_batches)
     if distributed.is_primary():
         print(json.dumps({"step": int(jax.device_get(loaded.state.step))} | figures))

@@ -75,6 +75,11 @@ class TextData:
                 f"{num_tokens} or add text"
             )
 
+    def describe(self) -> str:
+        """How much there is, as a line for people."""
+        train, held_out = (self.bytes_in(split) for split in documents.SPLITS)
+        return f"text: {train:,} bytes to train on, {held_out:,} held out"
+
     def num_rows(self, split: str) -> int:
         """Rows of the split.
 

@@ -103,8 +103,18 @@ class Bits:
     prior: Array
 
 
+def noise_of_images(keys: Array, number: Array, like: Array) -> Array:
+    """Noise for images `like` (B, H, W, C), each by its own key, (B,), and a number."""
+
+    def draw(key):
+        key = jax.random.fold_in(key, number)
+        return jax.random.normal(key, like.shape[1:], like.dtype)
+
+    return jax.vmap(draw)(keys)
+
+
 def bits_per_dimension(
-    process: VariancePreservingProcess, denoise, x0: Array, key: Array
+    process: VariancePreservingProcess, denoise, x0: Array, keys: Array
 ) -> Bits:
     """The bound, every term with fresh noise: T evaluations of the network.
 
@@ -112,11 +122,11 @@ def bits_per_dimension(
       process: with its tables.
       denoise: `(x, time) -> prediction`.
       x0: (B, H, W, C) in [-1, 1], of 255 levels.
-      key: for the noise.
+      keys: (B,), of each image's noise.
     """
 
     def term(index):
-        eps = jax.random.normal(jax.random.fold_in(key, index), x0.shape, x0.dtype)
+        eps = noise_of_images(keys, index, x0)
         time = jnp.full(x0.shape[:1], index)
         x = process.add_noise(x0, eps, time)
         return vb_bits(process, denoise(x, time), x0, x, time)

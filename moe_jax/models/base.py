@@ -56,6 +56,7 @@ class ImageOutput:
 
     Attributes:
       prediction: (B, H, W, C_out), float32 or wider.
+      log_variance: (B,) float, of the loss at the time, learned; or None.
       losses: name -> () weighted loss of the model's own, a mean over the batch; beside
         those of `aux`.
       observations: like the router state.
@@ -63,6 +64,7 @@ class ImageOutput:
     """
 
     prediction: jax.Array
+    log_variance: jax.Array | None
     losses: Mapping[str, jax.Array]
     observations: dict[str, Any]
     aux: MoEAux | None
@@ -130,6 +132,12 @@ class RoutedModel(Protocol):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that take part in serving one token."""
 
+    def flops_per_row(self, length: int) -> float:
+        """Model FLOPs of a training step per row of `length` positions.
+
+        Forward and backward; a row is a sequence of text, or an image.
+        """
+
 
 class Model(RoutedModel, Protocol):
     """A model of tokens.
@@ -175,9 +183,6 @@ class Model(RoutedModel, Protocol):
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Hidden states to the model's outputs, (B, S, V): for few tokens."""
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Model FLOPs of a training step per token (forward and backward)."""
-
 
 class ImageModel(RoutedModel, Protocol):
     """A model of noisy images."""
@@ -194,8 +199,5 @@ class ImageModel(RoutedModel, Protocol):
     ) -> ImageOutput:
         """The prediction, and what the routers have to say.
 
-        In training a key is needed where conditions are dropped.
+        In training a key is needed where conditions are perturbed.
         """
-
-    def flops_per_image(self) -> float:
-        """Model FLOPs of a training step per image (forward and backward)."""

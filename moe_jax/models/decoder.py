@@ -200,6 +200,10 @@ class DecoderModel(Stacked):
                 active += leaf.size * self._share(name)
         return total, round(active)
 
+    def flops_per_row(self, length: int) -> float:
+        """See `RoutedModel.flops_per_row`."""
+        return length * self.flops_per_token(length)
+
     def flops_per_token(self, sequence_length: int) -> float:
         """6 per active matrix weight, and attention to what is seen, both per token.
 

@@ -139,6 +139,13 @@ class Decoder(config.ModelConfig):
         )
         return [call(window) for window in sorted(set(self.windows()))]
 
+    def row_shapes(self, data) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `ModelConfig.row_shapes`."""
+        length = (data.sequence_length,)
+        names = ("tokens", "targets", "positions", "segments")
+        ids = {name: (length, "int32") for name in names}
+        return ids | {"weights": (length, "float32")}
+
     def rows_together(self) -> int:
         """See `ModelConfig.rows_together`."""
         ff = self.feed_forward

@@ -14,7 +14,7 @@ from moe_jax.nn.module import Params
 from moe_jax.parallel import rules
 
 # What an image meets once, and not each of its tokens.
-_OF_IMAGES = ("modulation", "time", "vector")
+_OF_IMAGES = ("modulation", "time", "vector", "log_variance")
 
 
 class DiTModel(Stacked):
@@ -74,7 +74,11 @@ class DiTModel(Stacked):
         with jax.named_scope("output"):
             prediction = outer.predict(x, condition)
         return ImageOutput(
-            prediction=prediction, losses={}, observations=observations, aux=aux
+            prediction=prediction,
+            log_variance=outer.uncertainty(condition),
+            losses={},
+            observations=observations,
+            aux=aux,
         )
 
     def count_parameters(self) -> tuple[int, int]:
@@ -86,8 +90,11 @@ class DiTModel(Stacked):
         active = sum(leaf.size * self._share(name) for name, leaf in shapes)
         return sum(leaf.size for _, leaf in shapes), round(active)
 
-    def flops_per_image(self) -> float:
-        """6 per active matrix weight and token (or image), and attention to all."""
+    def flops_per_row(self, length: int) -> float:
+        """See `RoutedModel.flops_per_row`; of an image.
+
+        6 per active matrix weight and token (or image), and attention to all.
+        """
         options, tokens = self.options, self.options.num_tokens
         products = 0.0
         for name, leaf in self._shapes().items():

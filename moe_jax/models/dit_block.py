@@ -1,5 +1,6 @@
 """What a diffusion transformer is made of: its blocks, and what stands outside."""
 
+import functools
 import math
 
 import jax
@@ -132,6 +133,10 @@ class Outer(nnx.Module):
             self.vector = conditioning.VectorEmbedding(
                 options.condition_width, d_model, **of_condition
             )
+        if options.log_variance:
+            self.log_variance = linear.Affine(
+                d_model, (1,), ("embed", None), std=None, **shared
+            )
         self.modulation = conditioning.Modulation(d_model, 2, **shared)
         out = area * options.out_channels
         self.output = linear.Affine(
@@ -156,19 +161,16 @@ class Outer(nnx.Module):
         Raises:
           ValueError: a condition that the model does not have, or has and did not get;
             images without condition for a model that knows none such; training that
-            drops conditions without a key.
+            perturbs conditions without a key.
         """
         options = self.options
         _check(options, inputs)
+        if not mode.train:
+            key = None
+        elif options.perturbation.strength and key is None:
+            raise ValueError(f"{options.perturbation} draws in training: pass a key")
         none, dtype = inputs.none, options.dtype
-        if mode.train and options.condition_dropout:
-            if key is None:
-                raise ValueError(
-                    f"condition_dropout={options.condition_dropout} draws in training: "
-                    "pass a key"
-                )
-            batch = inputs.time.shape[0]
-            none = conditioning.dropped(none, key, options.condition_dropout, batch)
+        perturb = functools.partial(conditioning.perturbed, options.perturbation, key)
         time = self.time(inputs.time, dtype)
         embedding, label = time, None
         if options.num_classes:
@@ -177,9 +179,9 @@ class Outer(nnx.Module):
                 label = jnp.where(none, options.num_classes, label)
             if options.condition_dropout:
                 none = label == options.num_classes
-            embedding = time + self.label(label, dtype)
+            embedding = time + perturb(self.label(label, dtype))
         elif options.condition_width:
-            embedding = time + self.vector(inputs.label, none, dtype)
+            embedding = time + perturb(self.vector(inputs.label, none, dtype))
         return Condition(
             time=inputs.time,
             time_embedding=time,
@@ -187,6 +189,13 @@ class Outer(nnx.Module):
             label=label,
             none=none,
         )
+
+    def uncertainty(self, condition: Condition) -> jax.Array | None:
+        """(B,) float32 or wider: u(t) of `losses.uncertainty`; None: not learned."""
+        if not self.options.log_variance:
+            return None
+        u = self.log_variance(condition.time_embedding, ("batch", None))[:, 0]
+        return u.astype(module.accumulation_dtype(u.dtype))
 
     def predict(self, x: jax.Array, condition: Condition) -> jax.Array:
         """(B, S, D) -> (B, H, W, C_out), float32 or wider."""

@@ -11,6 +11,7 @@ from moe_jax.moe.selectors.hashing import Hash
 from moe_jax.nn.attention import auto, cudnn
 from moe_jax.nn.attention.common import Call
 from moe_jax.nn.attention.splash import LANES, Splash
+from moe_jax.nn.conditioning import Perturbation
 from moe_jax.nn.feedforward import Dense
 
 # Published sizes: S, B, L and XL of DiT (Peebles and Xie 2023), G of DiT-MoE (Fei et
@@ -47,10 +48,13 @@ class DiT(config.ModelConfig):
       num_classes: the condition is one of so many classes; 0: it is not.
       condition_width: the condition is a vector of this width; 0: it is not. With both
         0 there is none.
-      condition_dropout: share of the images that lose their condition in training. The
-        model then knows what to do without one: it has a null class, of the index
-        `num_classes`, or a learned null vector. 0: it has none.
+      condition_dropout: share of the images whose condition the objective withholds in
+        training. The model then knows what to do without one: it has a null class, of
+        the index `num_classes`, or a learned null vector. 0: it has none.
+      perturbation: noise on the embedded class or vector in training.
       learned_variance: predict 2 C channels, the last C for the variance.
+      log_variance: learn the logarithm of the loss' variance by time, for
+        `objective.uncertainty` (EDM2, Karras et al. 2024).
       attention: one of `nn.attention.ATTENTIONS`.
       feed_forward: dense, or MoE in some or all blocks. Blocks between those of an MoE
         have the dense feed-forward of DiT, of width `dense_d_ff`.
@@ -62,6 +66,7 @@ class DiT(config.ModelConfig):
       remat: see `Decoder`.
     """
 
+    data_kind = "images"
     image_size: int = 32
     in_channels: int = 4
     patch_size: int = 2
@@ -71,7 +76,9 @@ class DiT(config.ModelConfig):
     num_classes: int = 1000
     condition_width: int = 0
     condition_dropout: float = 0.1
+    perturbation: Perturbation = dataclasses.field(default_factory=Perturbation)
     learned_variance: bool = True
+    log_variance: bool = False
     attention: config.AttentionConfig = dataclasses.field(default_factory=auto.Auto)
     feed_forward: config.FeedForwardConfig = dataclasses.field(
         default_factory=lambda: mlp(1536)
@@ -110,6 +117,19 @@ class DiT(config.ModelConfig):
             dtype=self.dtype,
             causal=False,
         )
+
+    def positions(self, data) -> int:
+        """See `ModelConfig.positions`."""
+        return self.num_tokens
+
+    def row_shapes(self, data) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `ModelConfig.row_shapes`."""
+        image = (self.image_size, self.image_size, self.in_channels)
+        return {
+            "images": (image, "float32"),
+            "labels": ((), "int32"),
+            "weights": ((), "float32"),
+        }
 
     def rows_together(self) -> int:
         """See `ModelConfig.rows_together`."""
@@ -195,6 +215,11 @@ class DiT(config.ModelConfig):
             yield (
                 f"{path}.condition_dropout={self.condition_dropout} would be ignored: "
                 "there is no condition; set it to 0, or num_classes or condition_width"
+            )
+        if self.perturbation.strength and not self.num_classes + self.condition_width:
+            yield (
+                f"{path}.perturbation.strength={self.perturbation.strength} would be "
+                "ignored: there is no condition"
             )
 
     def _use_problems(self, path, root):

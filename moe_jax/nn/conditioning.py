@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import config
 from moe_jax.nn import linear, module
 
 # Cosines and sines of the time.
@@ -86,15 +87,51 @@ class VectorEmbedding(TwoLayers):
         return super().__call__(x.astype(dtype))
 
 
-def dropped(
-    none: jax.Array | None, key: jax.Array, rate: float, batch: int
-) -> jax.Array:
-    """(B,) bool: which images lose their condition, beside those that have none.
+def dropped(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Bools of `shape`: which images lose their condition.
 
     Classifier-free guidance (Ho and Salimans 2022) needs a model that knows both.
     """
-    drawn = jax.random.uniform(key, (batch,), jnp.float32) < rate
-    return drawn if none is None else drawn | none
+    return jax.random.uniform(key, shape, jnp.float32) < rate
+
+
+@config.node
+class Perturbation(config.Node):
+    """Noise on the embedded class or vector, in training only.
+
+    Chen et al. 2024 (2405.20494), "conditional embedding perturbation".
+
+    Attributes:
+      strength: g; every entry of a D-vector moves by g / sqrt(D): the half width of a
+        "uniform", the standard deviation of a "normal" draw. (The paper leaves open
+        whether the latter is a variance.) 0: none.
+      distribution: "uniform" or "normal".
+    """
+
+    strength: float = 0.0
+    distribution: str = "uniform"
+
+    def problems(self, path, root):
+        if self.strength < 0:
+            yield f"{path}.strength={self.strength}: must not be negative"
+        if self.distribution not in ("uniform", "normal"):
+            yield (
+                f"{path}.distribution={self.distribution!r}: must be 'uniform' or "
+                "'normal'"
+            )
+
+
+def perturbed(
+    options: Perturbation, key: jax.Array | None, condition: jax.Array
+) -> jax.Array:
+    """The condition (B, D) with noise; as it is where key is None (evaluation)."""
+    if key is None or not options.strength:
+        return condition
+    size = options.strength / math.sqrt(condition.shape[-1])
+    shape, dtype = condition.shape, condition.dtype
+    if options.distribution == "normal":
+        return condition + size * jax.random.normal(key, shape, dtype)
+    return condition + jax.random.uniform(key, shape, dtype, -size, size)
 
 
 class Modulation(nnx.Module):

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from moe_jax import config
 from moe_jax.models import multi_token
 from moe_jax.models.base import Model, Output, TokenInputs
-from moe_jax.moe.routing import Mode, MoEAux, Override
+from moe_jax.moe.routing import Mode, Override
 from moe_jax.nn import cross_entropy
-from moe_jax.tree import struct
-
-Batch = dict[str, jax.Array]
+from moe_jax.objectives.base import Batch, Loss
 
 
 @config.node
@@ -52,26 +50,6 @@ class NextToken(config.ObjectiveConfig):
             yield f"{path}.logit_z_weight={self.logit_z_weight}: must not be negative"
 
 
-@struct
-class Loss:
-    """What an objective returns; sums, so that micro-batches add up exactly.
-
-    Attributes:
-      sum: () float, of the tokens' losses in nats (what training minimises, without
-        the MoE losses).
-      nll: () float, of the tokens' negative log-likelihoods in nats.
-      weight: () float, number of scored tokens.
-      observations: for the router state.
-      aux: MoEAux stacked on the MoE layers, or None.
-    """
-
-    sum: jax.Array
-    nll: jax.Array
-    weight: jax.Array
-    observations: dict[str, Any]
-    aux: MoEAux | None
-
-
 def loss(
     options: NextToken,
     model: Model,
@@ -82,6 +60,7 @@ def loss(
     key: jax.Array | None,
     mode: Mode,
     override: Override | None = None,
+    average: Any = None,
 ) -> Loss:
     """Sums over the batch's scored tokens.
 
@@ -94,6 +73,7 @@ def loss(
       key: for what draws in the model.
       mode: training or evaluation.
       override: imposed on the routers.
+      average: None.
     """
     inputs = TokenInputs(
         tokens=batch["tokens"],
@@ -116,7 +96,7 @@ def loss(
             aux = multi_token.joined(aux, found[2])
     return Loss(
         sum=total,
-        nll=nll,
+        reported=nll,
         weight=jnp.sum(weights, dtype=nll.dtype),
         observations=observations,
         aux=aux,

@@ -11,6 +11,7 @@ _SHOWN = {
     "loss": lambda v: f"loss {v:.4f}",
     "bits_per_byte": lambda v: f"bpb {v:.3f}",
     "tokens_per_second": lambda v: f"{short(v)} tok/s",
+    "images_per_second": lambda v: f"{short(v)} img/s",
     "step_ms": lambda v: f"{v:.3g} ms" if v < 100 else f"{v:.0f} ms",
     "mfu": lambda v: f"mfu {v:.1%}",
     "grad_norm": lambda v: f"grad {v:.3g}",
@@ -87,8 +88,8 @@ class Console:
 
         Args:
           step: number of steps done.
-          figures: loss, bits_per_byte, tokens_per_second, step_ms, mfu, grad_norm,
-            load_max_over_mean, drops, and any others.
+          figures: loss, bits_per_byte, tokens_per_second (or of images), step_ms, mfu,
+            grad_norm, load_max_over_mean, drops, and any others.
         """
         if not self._enabled:
             return

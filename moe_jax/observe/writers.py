@@ -147,6 +147,10 @@ class TensorBoard:
         if array.size and np.isfinite(array).all():
             self._get().add_histogram(name, array, step)
 
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 (H, W, 1 or 3)."""
+        self._get().add_image(name, np.asarray(pixels), step, dataformats="HWC")
+
     def flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()

@@ -248,8 +248,8 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
         raise RunError(f"the compiler stopped early for {topology}: {why}")
     module = hlo.parse(compiled.text)
     chip = topology.chip
-    tokens = config.train.batch_size * config.data.sequence_length
-    per_token = parts.model.flops_per_token(config.data.sequence_length)
+    rows, length = config.train.batch_size, config.positions()
+    per_row = parts.model.flops_per_row(length)
     step = None
     if chip is not None:
         network = Network.of(parts.mesh, chip)
@@ -273,8 +273,8 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
         host_bytes=host_copies.host_bytes(compiled.buffers),
         compiler_peak_bytes=compiled.peak_bytes,
         refused=bool(compiled.out_of_memory),
-        tokens=tokens,
-        model_flops=per_token * tokens / len(topology.devices),
+        tokens=rows * length,
+        model_flops=per_row * rows / len(topology.devices),
         peak_flops=chip.flops if chip else 0.0,
         step=step,
     )
@@ -289,7 +289,7 @@ def _compiler(topology: Topology) -> str:
 
 def _weight_shapes(config: Config, parts: Parts) -> WeightShapes:
     rows = parts.eval_batch_size // rules.size(parts.mesh, "batch")
-    length = config.data.sequence_length // rules.size(parts.mesh, "sequence")
+    length = config.positions() // rules.size(parts.mesh, "sequence")
     width = config.model.d_model
     hidden = [(rows, length, width), (rows * length, width)]
     return WeightShapes(parts.abstract.params, "segment_", hidden)

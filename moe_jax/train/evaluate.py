@@ -51,7 +51,7 @@ class Evaluator:
 
     def _batch_sums(self, state: TrainState, batch) -> dict[str, jax.Array]:
         found = self._loss(state, batch, EVAL)
-        sums = {"nll": found.nll, "tokens": found.weight}
+        sums = {"nll": found.reported, "tokens": found.weight}
         if found.aux is not None:
             sums["dropped"] = jnp.sum(found.aux.stats.dropped)
             sums["assignments"] = jnp.sum(found.aux.stats.assignments)

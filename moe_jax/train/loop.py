@@ -10,11 +10,10 @@ import jax
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import pipeline
-from moe_jax.errors import UserError
 from moe_jax.observe.summary import write_summary
 from moe_jax.parallel import batches, distributed
-from moe_jax.train import finale, restore, setup, workdir
-from moe_jax.train.evaluate import Evaluator
+from moe_jax.train import restore, setup, workdir
+from moe_jax.train.kinds import kind_of
 from moe_jax.train.recorder import Recorder
 from moe_jax.train.setup import Parts
 
@@ -36,16 +35,6 @@ class Progress:
     stopped_by: str = ""
 
 
-def check_vocabulary(config: Config, data: Any) -> None:
-    """Raises UserError where the tokenizer has more ids than the model."""
-    if data.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
-            f"tokenizer's {data.vocab_size} ids; set it to {data.vocab_size} or, for "
-            f"even tiles, {-(-data.vocab_size // 128) * 128}"
-        )
-
-
 def train(config: Config, folder: str) -> int:
     """Trains, or goes on where `folder` stopped; returns the exit status.
 
@@ -55,7 +44,7 @@ def train(config: Config, folder: str) -> int:
     """
     setup.use_compilation_cache(config)
     data = pipeline.prepare(config)
-    check_vocabulary(config, data)
+    kind_of(config).check(config, data)
     parts = setup.make_parts(config)
     checkpoints = Checkpoints(
         workdir.checkpoint_folder(folder, config), config.checkpoint
@@ -74,9 +63,9 @@ def train(config: Config, folder: str) -> int:
 
 def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     progress = Progress(state=state, step=int(state.step))
-    per_token = data.bytes_per_token("train")
-    recorder = Recorder(parts, folder, progress.step, per_token, saved)
-    evaluator = Evaluator(parts, data.bytes_per_token("validation"))
+    kind = kind_of(parts.config)
+    recorder = Recorder(parts, folder, progress.step, kind.of_loss(data), saved)
+    evaluator = kind.evaluator(parts, data)
     try:
         for line in _greeting(parts, data, changed, notes):
             recorder.console.note(line)
@@ -88,7 +77,7 @@ def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
                 "checkpoint saved; the same command goes on"
             )
             return 0
-        figures = finale.show(parts, data, evaluator, recorder, progress, folder)
+        figures = kind.finish(parts, data, evaluator, recorder, progress, folder)
         if distributed.is_primary():
             write_summary(os.path.join(folder, workdir.SUMMARY_FILE), figures)
     finally:
@@ -153,11 +142,8 @@ def _greeting(parts: Parts, data: Any, changed: list[str], notes: list[str]):
     yield f"model: {total:,} parameters, {active:,} of them active for a token"
     rows = parts.config.train.batch_size // parts.config.train.accumulation
     with jax.set_mesh(parts.mesh):
-        yield from parts.model.notes(rows, parts.config.data.sequence_length)
-    yield (
-        f"text: {data.bytes_in('train'):,} bytes to train on, "
-        f"{data.bytes_in('validation'):,} held out"
-    )
+        yield from parts.model.notes(rows, parts.config.positions())
+    yield data.describe()
     for line in changed:
         yield f"changed since this run began: {line}"
     yield from notes

@@ -1,8 +1,8 @@
 """From the metrics of finished steps to the user: files, console, TensorBoard."""
 
-import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from moe_jax.observe.loads import RunLoads
 from moe_jax.observe.writers import MetricsFile, TensorBoard, read_metrics
 from moe_jax.parallel import distributed
 from moe_jax.train import workdir as workdirs
+from moe_jax.train.kinds import kind_of
 from moe_jax.train.setup import Parts
 
 
@@ -25,7 +26,7 @@ class Recorder:
       parts: of the run.
       workdir: where metrics.jsonl and TensorBoard files go.
       start_step: steps done before; later lines of an earlier process are dropped.
-      bytes_per_token: of the training text.
+      of_loss: a step's loss to further figures of it.
       saved: of `loads`, at the checkpoint from which the run goes on.
 
     Attributes:
@@ -38,7 +39,7 @@ class Recorder:
         parts: Parts,
         workdir: str,
         start_step: int,
-        bytes_per_token: float,
+        of_loss: Callable[[float], dict[str, float]],
         saved: dict[str, Any] | None = None,
     ):
         config = parts.config
@@ -56,13 +57,14 @@ class Recorder:
             if config.log.tensorboard:
                 folder = os.path.join(workdir, "tensorboard")
                 self._board = TensorBoard(folder, start_step)
-        self._nats_to_bits = 1 / (math.log(2) * bytes_per_token)
-        length = config.data.sequence_length
-        self._tokens_per_step = config.train.batch_size * length
+        self._of_loss = of_loss
+        self._kind = kind_of(config)
+        self._rate_name = f"{self._kind.unit}_per_second"
         kind = parts.mesh.devices.flat[0].device_kind
         peak = flops.peak_flops(kind)
         self._peak = peak and peak * parts.mesh.size
-        self._flops_per_token = parts.model.flops_per_token(length)
+        per_row = parts.model.flops_per_row(config.positions())
+        self._flops_per_step = config.train.batch_size * per_row
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since = time.perf_counter()
         self._bad_in_a_row = 0
@@ -94,15 +96,15 @@ class Recorder:
         self._guard(step, bool(values["skipped"]))
 
     def _record(self, step: int, values: dict[str, Any], seconds: float) -> None:
-        rate = self._tokens_per_step / seconds
         figures = {
             name: np.asarray(v).item()
             for name, v in values.items()
-            if np.ndim(v) == 0 and name != "dropped"
+            if np.ndim(v) == 0 and name not in ("dropped", "scored")
         }
+        figures[self._kind.unit] = float(values["scored"])
+        figures |= self._of_loss(float(values["loss"]))
         figures |= {
-            "bits_per_byte": float(values["loss"]) * self._nats_to_bits,
-            "tokens_per_second": rate,
+            self._rate_name: self._kind.per_step(self._config) / seconds,
             "step_ms": 1000 * seconds,
         }
         if "dropped" in values:
@@ -111,7 +113,7 @@ class Recorder:
         if run:
             figures["max_violation_run"] = run["max_violation_run"]
         if self._peak:
-            figures["mfu"] = rate * self._flops_per_token / self._peak
+            figures["mfu"] = self._flops_per_step / seconds / self._peak
         if self._file is None:
             return
         shown_step = step % self._config.log.every == 0
@@ -120,7 +122,7 @@ class Recorder:
         if shown_step and counts is not None:
             full = figures | {"expert_counts": counts}
         self._file.write(step, full)
-        shown = ("loss", "bits_per_byte", "tokens_per_second", "step_ms", "mfu")
+        shown = ("loss", "bits_per_byte", self._rate_name, "step_ms", "mfu")
         shown += ("grad_norm", "load_max_over_mean", "drops")
         self.console.step(step, {k: figures[k] for k in shown if k in figures})
         if self._board is not None and shown_step:
@@ -150,12 +152,9 @@ class Recorder:
         """Shows and records an evaluation."""
         if not figures or not self._primary:
             return
-        self.console.note(
-            f"step {step}: held-out loss {figures['loss']:.4f}  perplexity "
-            f"{figures['perplexity']:.2f}  bpb {figures['bits_per_byte']:.3f}"
-        )
+        self.console.note(f"step {step}: held-out {self._kind.line(figures)}")
         if self._board is not None:
-            scalars = {f"held_out/{name}": v for name, v in figures.items()}
+            scalars = {f"held_out/{name}": v for name, v in _flat(figures).items()}
             self._board.scalars(step, scalars)
 
     def totals(self) -> dict[str, Any]:
@@ -168,7 +167,7 @@ class Recorder:
         return {
             "losses": {"first": lines[0]["loss"], "last": lines[-1]["loss"]},
             "seconds": seconds,
-            "tokens_per_second": self._tokens_per_step * len(lines) / seconds,
+            self._rate_name: self._kind.per_step(self._config) * len(lines) / seconds,
             "drops": add_up("drops"),
             "skipped_steps": add_up("skipped"),
             "routing": self.loads.figures(),
@@ -179,3 +178,14 @@ class Recorder:
         for sink in (self._file, self._board):
             if sink is not None:
                 sink.close()
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, float]:
+    """Lists of figures as one figure an entry."""
+    found = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{i}": entry for i, entry in enumerate(value)}
+        else:
+            found[name] = value
+    return found

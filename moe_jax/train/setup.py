@@ -155,9 +155,8 @@ def trace_step(parts: Parts) -> jax.stages.Traced:
     jitted = step.make_step(
         config, parts.model, parts.optimizer, parts.schedule, parts.shardings, options
     )
-    batch = batches.abstract(
-        parts.mesh, config.train.batch_size, config.data.sequence_length
-    )
+    rows = config.model.row_shapes(config.data)
+    batch = batches.abstract(parts.mesh, config.train.batch_size, rows)
     with jax.set_mesh(parts.mesh):
         return jitted.trace(parts.abstract, batch)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from moe_jax.moe import health
 from moe_jax.moe.routing import TRAIN, Mode, MoEAux, Override
 from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
-from moe_jax.parallel import rules
+from moe_jax.parallel import batches, rules
 from moe_jax.train import optimizers, turns
 from moe_jax.train.state import TrainState
 from moe_jax.tree import struct
@@ -29,21 +29,24 @@ class Gradients:
     """What one batch says, before anything is changed by it.
 
     Attributes:
-      loss: () float, nats per token plus the MoE losses: what is differentiated.
-      nll: () float, mean negative log-likelihood in nats per token.
-      weight: () float, scored tokens.
+      loss: () float, mean of what training minimises, plus the losses of the model:
+        what is differentiated.
+      reported: () float, mean of what people read; see `objectives.base.Loss`.
+      weight: () float, scored tokens or images.
       grads: like the trainable parameters.
       observations: for the router state, summed over micro-batches.
       aux: MoEAux over L; losses are means over micro-batches, weighted by their
         tokens, and counts are sums.
+      losses: of the model's own, weighted like those of `aux`.
     """
 
     loss: jax.Array
-    nll: jax.Array
+    reported: jax.Array
     weight: jax.Array
     grads: Any
     observations: Any
     aux: MoEAux | None
+    losses: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def aux_loss(aux: MoEAux | None) -> jax.Array | float:
@@ -54,14 +57,14 @@ def aux_loss(aux: MoEAux | None) -> jax.Array | float:
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-    """(B, S) -> (count, B / count, S), each spread over all shards.
+    """(B, ...) -> (count, B / count, ...), each spread over all shards.
 
     Micro-batch i takes the rows i, i + count, ...: no row changes its device.
     """
 
     def cut(x):
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return rules.constrain(x, None, "batch", "sequence")
+        return rules.constrain(x, None, *batches.axes(x.ndim - 1))
 
     return jax.tree.map(cut, batch)
 
@@ -87,7 +90,7 @@ def compute_gradients(
       config: steps, accumulation, objective, seed.
       model: the code.
       state: not changed.
-      batch: (B, S) arrays over all devices.
+      batch: arrays (B, ...) over all devices.
       mode: with `capture`, `aux.routing` is kept (one micro-batch only).
       override: imposed on the routers.
     """
@@ -104,14 +107,15 @@ def compute_gradients(
             router_state = _with_step_load(model, look, router_state, micros, count)
         step = lambda m, i: one(router_state, m, i)
         sums = _sum_over(step, micros, count, _add_results)
-    loss, nll, grads, observations, aux = sums
+    loss, reported, losses, grads, observations, aux = sums
     return Gradients(
         loss=loss,
-        nll=nll / weight,
+        reported=reported / weight,
         weight=weight,
         grads=grads,
         observations=observations,
         aux=aux,
+        losses=losses,
     )
 
 
@@ -124,31 +128,33 @@ def _passes(config, model, state, mode, override, weight, tokens):
       state: of the step.
       mode: of the model.
       override: of the routers.
-      weight: () float, scored tokens of the step.
-      tokens: () float, routed tokens of the step.
+      weight: () float, scored tokens or images of the step.
+      tokens: () float, routed tokens or images of the step.
 
     Returns:
       `(router_state, micro-batch, its index) -> Loss`, and of the same arguments its
-      part of loss, nll, gradients, observations and aux of the step.
+      part of loss, reported loss, model's losses, gradients, observations and aux of
+      the step.
     """
     params, frozen = state.params, state.frozen
     if config.train.gather_once:
         with jax.named_scope("gathered_once"):
             params, frozen = (module.gathered(p, model) for p in (params, frozen))
-    forward = _forward(config, model, state.step, frozen, mode, override)
+    forward = _forward(config, model, state, frozen, mode, override)
 
     def total(params, router_state, micro, index):
         found = forward(params, router_state, micro, index)
         share = 1.0 if config.train.accumulation == 1 else _tokens(micro) / tokens
         aux = _weighted(found.aux, share)
-        value = found.sum / weight + aux_loss(aux)
-        return value, (found.nll, found.observations, aux)
+        losses = {name: share * value for name, value in found.losses.items()}
+        value = found.sum / weight + aux_loss(aux) + sum(losses.values())
+        return value, (found.reported, losses, found.observations, aux)
 
     gradient = _with_gradient(model, state.params, params, total)
 
     def one(*given):
-        (value, (nll, observations, aux)), grads = gradient(*given)
-        return value, nll, grads, observations, aux
+        (value, (reported, losses, *more)), grads = gradient(*given)
+        return value, reported, losses, grads, *more
 
     return functools.partial(forward, params), one
 
@@ -184,9 +190,12 @@ def _with_gradient(model, params, values, total):
     return run
 
 
-def _forward(config, model, step, frozen, mode, override):
+def _forward(config, model, state, frozen, mode, override):
     """`(params, router_state, micro-batch, its index) -> Loss` at this step."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    average = None
+    if config.objective.uses_average:
+        average = optimizers.merge(state.ema, frozen)
 
     def forward(params, router_state, micro, index):
         return OBJECTIVES[type(config.objective)](
@@ -198,14 +207,16 @@ def _forward(config, model, step, frozen, mode, override):
             key=jax.random.fold_in(key, index),
             mode=mode,
             override=override,
+            average=average,
         )
 
     return forward
 
 
 def _tokens(batch: Batch) -> jax.Array:
-    """Tokens that are routed, () int32."""
-    return jnp.sum(batch["segments"] > 0, dtype=jnp.int32)
+    """Tokens, or images, that are routed, () int32."""
+    counted = batch["segments"] if "segments" in batch else batch["weights"]
+    return jnp.sum(counted > 0, dtype=jnp.int32)
 
 
 def _sum_over(one, micros: Batch, count: int, add) -> Any:
@@ -300,13 +311,14 @@ def step_metrics(
 ) -> Metrics:
     """What a step reports; arrays (L, E) and scalars."""
     metrics = {
-        "loss": found.nll,
+        "loss": found.reported,
         "total_loss": found.loss,
-        "tokens": found.weight,
+        "scored": found.weight,
         "grad_norm": norm,
         "learning_rate": rate,
         "skipped": ~(jnp.isfinite(norm) & jnp.isfinite(found.loss)),
     }
+    metrics |= found.losses
     if found.aux is not None:
         metrics |= {name: jnp.sum(v) for name, v in found.aux.losses.items()}
         metrics |= health.of_step(found.aux, router_state, model.expert_axes)

@@ -5,11 +5,11 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moe_jax.data.images import pixels
 from moe_jax.errors import UserError
 
-Image = pytest.importorskip("PIL.Image")
 AS_THEY_ARE = types.SimpleNamespace(image_size=0, channels=0)
 
 
@@ -153,15 +153,6 @@ def test_flipped_bit_is_seen():
 def test_arrays_that_are_no_images(shape, dtype):
     with pytest.raises(UserError, match=r"image 'name' is \w+ \(.*; images are uint8"):
         convert(np.zeros(shape, dtype))
-
-
-def test_without_pillow(monkeypatch):
-    content = file(Image.fromarray(GREY))
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    for given, fields in ((content, {}), (GREY, {"image_size": 8})):
-        with pytest.raises(UserError, match=r"Pillow: pip install 'moe_jax\[images\]'"):
-            convert(given, **fields)
-    convert(GREY)
 
 
 def test_values():

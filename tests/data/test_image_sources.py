@@ -12,13 +12,12 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moe_jax import config as config_lib
 from moe_jax.data import documents, pipeline
-from moe_jax.data.images import sources
+from moe_jax.data.images import pixels, sources
 from moe_jax.errors import UserError
-
-Image = pytest.importorskip("PIL.Image")
 
 
 def stored(config):
@@ -353,14 +352,6 @@ def test_folder_errors(tmp_path, make_images):
     assert pipeline.prepare(config).classes == ("image",)
 
 
-def test_folder_without_pillow(image_folder, make_images, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(
-        UserError, match="reading PNG and JPEG files needs the package P"
-    ):
-        pipeline.prepare(make_images(sources.ImageFiles(path=str(image_folder))))
-
-
 @pytest.fixture
 def latents():
     rng = np.random.default_rng(1)
@@ -555,12 +546,12 @@ def test_unlabelled_tfds_needs_no_label(tfds_source, make_images):
 def test_png_bytes_are_what_is_read(tfds_source, make_images, monkeypatch):
     """Decoding is left to `pixels`, whatever else is installed."""
     seen = []
-    decode = sources.tfds_images.pixels.decode
+    decode = pixels.decode
 
     def spied(content, name):
         seen.append(Image.open(io.BytesIO(content)).format)
         return decode(content, name)
 
-    monkeypatch.setattr(sources.tfds_images.pixels, "decode", spied)
+    monkeypatch.setattr(pixels, "decode", spied)
     pipeline.prepare(make_images(tfds_source))
     assert seen == ["PNG"] * 50

@@ -131,7 +131,8 @@ def test_the_decoder_shares_out_probability_one(float64):
 def test_bits_per_dimension_of_a_network_that_knows_the_image():
     process = slow.schedule(steps=30, prediction="x0", variance="fixed_small")
     x0 = jnp.asarray(np.clip(0.5 * slow.images(), -0.9, 0.9))
-    bits = losses.bits_per_dimension(process, lambda x, t: x0, x0, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 2)
+    bits = losses.bits_per_dimension(process, lambda x, t: x0, x0, keys)
     assert bits.terms.shape == (30, 2) and bits.total.shape == (2,)
     np.testing.assert_allclose(bits.terms[1:], 0, atol=1e-6)
     bar = slow.bars_of(slow.betas_of("linear", 30))[-1]
@@ -153,7 +154,8 @@ def test_bits_per_dimension_asks_once_an_index():
         return jnp.concatenate([x, x], axis=-1)
 
     x0 = jnp.zeros((1, 2, 2, 1))
-    bits = losses.bits_per_dimension(process, denoise, x0, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 1)
+    bits = losses.bits_per_dimension(process, denoise, x0, keys)
     jax.block_until_ready(bits)
     jax.effects_barrier()
     assert sorted(asked) == list(range(25))

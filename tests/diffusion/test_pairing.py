@@ -1,4 +1,4 @@
-"""Pairings of noise and images, held to SciPy's assignment; conditions of training."""
+"""Pairings of noise and images, held to SciPy's assignment."""
 
 import diffusion_oracles as slow
 import jax
@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from moe_jax import config
-from moe_jax.diffusion import conditions, pairing
+from moe_jax.diffusion import pairing
 
 KEY = jax.random.key(7)
 SHAPE = (24, 3, 3, 2)
@@ -93,34 +93,3 @@ def test_the_mesh_does_not_matter(axes_mesh, options):
 def test_one_candidate_is_refused():
     (problem,) = pairing.Nearest(candidates=1).problems("p", config.Config())
     assert problem.startswith("p.candidates=1: must be at least 2")
-
-
-def test_labels_are_dropped_at_the_stated_rate():
-    labels = jnp.arange(100_000) % 10
-    found = conditions.drop_labels(KEY, labels, 10, 0.1)
-    dropped = np.asarray(found == 10)
-    assert abs(dropped.mean() - 0.1) < 3 * np.sqrt(0.1 * 0.9 / 1e5)
-    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
-    assert found.dtype == labels.dtype
-    np.testing.assert_array_equal(conditions.drop_labels(KEY, labels, 10, 0.0), labels)
-
-
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_perturbed_conditions(distribution):
-    options = conditions.Perturbation(strength=2.0, distribution=distribution)
-    condition = jnp.asarray(slow.images((500, 64)))
-    moved = np.asarray(conditions.perturb(options, KEY, condition) - condition)
-    size = 2 / 8
-    if distribution == "uniform":
-        assert 0.99 * size < np.abs(moved).max() <= size * (1 + 1e-5)
-        size /= np.sqrt(3)
-    assert abs(moved.std() / size - 1) < 0.02 and abs(moved.mean()) < 0.01
-    assert conditions.perturb(options, None, condition) is condition
-    none = conditions.Perturbation(distribution=distribution)
-    assert conditions.perturb(none, KEY, condition) is condition
-
-
-def test_perturbations_that_are_refused():
-    options = conditions.Perturbation(strength=-1.0, distribution="laplace")
-    found = list(options.problems("p", config.Config()))
-    assert [f.split("=")[0] for f in found] == ["p.strength", "p.distribution"]

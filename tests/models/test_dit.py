@@ -20,6 +20,8 @@ from moe_jax.moe.routing import EVAL, TRAIN
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.linear import Linear, LinearScorer
 from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.nn import conditioning
+from moe_jax.nn.conditioning import Perturbation
 from moe_jax.tree import named_leaves
 
 D, H, E, K, CLASSES, C, SIDE, B = 32, 4, 4, 2, 10, 3, 8, 3
@@ -193,19 +195,41 @@ def test_the_image_changes_with_all_that_it_is_told(float64):
     np.testing.assert_array_equal(none, changes[2])
 
 
-def test_dropped_conditions_in_training(float64):
-    """With the key of a draw the output is that of the images that drew the null."""
-    model = DiTModel(options(num_layers=1, condition_dropout=0.5))
+def test_perturbed_conditions_in_training(float64):
+    """With a key the class' vector moves by up to g / sqrt(D); the time's does not."""
+    model = DiTModel(options(num_layers=1, perturbation=Perturbation(strength=0.8)))
     params, inputs = drawn(model), given()
     key = jax.random.key(2)
-    drops = jax.random.uniform(jax.random.fold_in(key, 1), (B,), "float32") < 0.5
-    assert 0 < int(drops[jnp.array([0, 2])].sum()) < 2
-    label = jnp.where(drops, CLASSES, inputs.label)
+    delta = (
+        0.8
+        / 8
+        * jax.random.uniform(jax.random.fold_in(key, 1), (B, 64), "float64", -1, 1)
+    )
     found = run(model, params, inputs, TRAIN, key)[0]
-    want = run(model, params, dataclasses.replace(inputs, label=label))[0]
-    np.testing.assert_allclose(found, want, rtol=1e-12)
+    # Three classes of three images: each has a row of the table for itself.
+    moved = params["label"]["table"].at[inputs.label].add(delta)
+    changed = params | {"label": {"table": moved}}
+    want = run(model, changed, inputs)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-9)
     plain = run(model, params, inputs, EVAL, key)[0]
+    np.testing.assert_allclose(plain, run(model, params, inputs)[0], rtol=1e-12)
     assert np.abs(np.asarray(plain - found)).max() > 1e-3
+
+
+def test_the_learned_variance_of_the_loss(float64):
+    model = DiTModel(options(num_layers=1, log_variance=True))
+    params, inputs = drawn(model), given()
+    state = model.init_router_state()
+    apply = lambda p: model.apply(p, state, inputs, key=None, mode=EVAL).log_variance
+    fresh = model.init(jax.random.key(0))
+    np.testing.assert_array_equal(apply(fresh), np.zeros(B))
+    first, second = (params["time"][name] for name in ("first", "second"))
+    waves = conditioning.timestep_waves(inputs.time)
+    hidden = jax.nn.silu(waves @ first["w"] + first["b"])
+    time = hidden @ second["w"] + second["b"]
+    last = params["log_variance"]
+    want = time @ last["w"][:, 0] + last["b"][0]
+    np.testing.assert_allclose(apply(params), want, rtol=1e-10)
 
 
 def test_what_does_not_fit_is_refused():
@@ -217,7 +241,8 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=words):
             model.apply(params, {}, changed, key=None, mode=mode)
 
-    refused("draws in training: pass a key", mode=TRAIN)
+    shaken = DiTModel(options(perturbation=Perturbation(strength=1.0), **SINGLE))
+    refused("draws in training: pass a key", shaken, mode=TRAIN)
     refused("label is missing: the model's condition is 10 classes", label=None)
     refused("image_size=8 and in_channels=3", x=inputs.x[:, :4])
     sure = DiTModel(options(condition_dropout=0.0, **SINGLE))

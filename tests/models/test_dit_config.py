@@ -57,7 +57,7 @@ def test_the_published_sizes(size, count, total, active, giga):
     ends = 256 * d * (16 + 32 + count * layers)
     once = (layers * 6 + 3) * d * d + 256 * d
     attention = layers * 2 * 256 * 256 * d
-    assert model.flops_per_image() == 6 * (tokens + ends + once + attention)
+    assert model.flops_per_row(0) == 6 * (tokens + ends + once + attention)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def inputs():
         x=rng.normal(size=(BATCH, SIDE, SIDE, 3)),
         time=rng.uniform(0, 999, BATCH),
         label=rng.integers(0, CLASSES, BATCH),
+        none=np.arange(BATCH) % 3 == 0,
         valid=np.arange(BATCH) != 5,
     )
 

@@ -137,7 +137,7 @@ def test_the_loss_is_that_of_numpy(remat):
                 nll = -np.log(power[TARGETS[row, s + k]] / power.sum())
                 want += 0.3 / 2 * WEIGHTS[row, s + k] * nll
     np.testing.assert_allclose(found.sum - alone, want, rtol=1e-5)
-    np.testing.assert_allclose(found.nll, alone, rtol=1e-6)
+    np.testing.assert_allclose(found.reported, alone, rtol=1e-6)
     np.testing.assert_allclose(evaluated, alone, rtol=1e-6)
     assert found.weight == WEIGHTS.sum()
 

@@ -107,12 +107,32 @@ def test_vectors_and_their_absence(float64):
 
 
 def test_the_share_of_dropped_conditions():
-    """Of 100,000 draws within three deviations; what has none stays without."""
-    drops = conditioning.dropped(None, jax.random.key(0), 0.1, 100_000)
+    """Of 100,000 draws within three deviations."""
+    drops = conditioning.dropped(jax.random.key(0), 0.1, (100_000,))
     assert abs(float(drops.mean()) - 0.1) < 3 * np.sqrt(0.09 / 100_000)
-    none = jnp.arange(100_000) < 50_000
-    both = conditioning.dropped(none, jax.random.key(0), 0.1, 100_000)
-    np.testing.assert_array_equal(both, none | drops)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_perturbed_conditions(distribution):
+    options = conditioning.Perturbation(strength=2.0, distribution=distribution)
+    condition = jnp.asarray(RNG.normal(size=(500, 64)), jnp.float32)
+    moved = np.asarray(
+        conditioning.perturbed(options, jax.random.key(0), condition) - condition
+    )
+    size = 2 / 8
+    if distribution == "uniform":
+        assert 0.99 * size < np.abs(moved).max() <= size * (1 + 1e-5)
+        size /= np.sqrt(3)
+    assert abs(moved.std() / size - 1) < 0.02 and abs(moved.mean()) < 0.01
+    assert conditioning.perturbed(options, None, condition) is condition
+    none = conditioning.Perturbation(distribution=distribution)
+    assert conditioning.perturbed(none, jax.random.key(0), condition) is condition
+
+
+def test_perturbations_that_are_refused():
+    options = conditioning.Perturbation(strength=-1.0, distribution="laplace")
+    found = list(options.problems("p", None))
+    assert [f.split("=")[0] for f in found] == ["p.strength", "p.distribution"]
 
 
 def test_modulation(float64):

@@ -43,12 +43,14 @@ def test_rows_are_counted_from_the_first_that_was_read(axes_mesh):
 
 def test_the_abstract_batch_is_what_put_makes(axes_mesh):
     mesh = axes_mesh(data=4, context=2)
-    abstract = batches.abstract(mesh, 8, 4)
-    names = ("tokens", "targets", "positions", "segments", "weights")
-    assert tuple(abstract) == names
-    local = {n: np.zeros((8, 4), abstract[n].dtype) for n in names}
+    rows = {"tokens": ((4,), "int32"), "images": ((2, 2, 3), "float32")}
+    rows |= {"labels": ((), "int32")}
+    abstract = batches.abstract(mesh, 8, rows)
+    assert list(abstract) == list(rows)
+    local = {n: np.zeros((8, *shape), dtype) for n, (shape, dtype) in rows.items()}
     for name, made in batches.put(local, mesh, 8, 0).items():
         assert (made.shape, made.dtype) == (abstract[name].shape, abstract[name].dtype)
         assert made.sharding == abstract[name].sharding
-    assert abstract["weights"].dtype == np.float32
-    assert abstract["tokens"].dtype == np.int32
+    specs = {n: a.sharding.spec for n, a in abstract.items()}
+    assert specs["tokens"][1] == "context"
+    assert not any(specs["images"][1:]) and specs["labels"][0] == specs["images"][0]

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.check.run import random_batch, with_dtype
+from moe_jax.check.rows import random_batch
+from moe_jax.check.run import with_dtype
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.parallel import batches

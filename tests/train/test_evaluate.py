@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.check.run import random_batch
+from moe_jax.check.rows import random_batch
 from moe_jax.models.base import TokenInputs
 from moe_jax.moe.routing import Mode
 from moe_jax.train import setup

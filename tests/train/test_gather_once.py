@@ -8,7 +8,8 @@ import jax.extend
 import numpy as np
 import pytest
 
-from moe_jax.check.run import random_batch, with_dtype
+from moe_jax.check.rows import random_batch
+from moe_jax.check.run import with_dtype
 from moe_jax.config import MeshConfig
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -101,7 +102,9 @@ def gathers_by_shape(config):
     """Executed all-gathers of weights by their result's shape, in a step."""
     parts = setup.make_parts(config, jax.devices()[: config.mesh.fixed_devices()])
     run = lambda s, b: step.compute_gradients(config, parts.model, s, b)
-    batch = batches.abstract(parts.mesh, config.train.batch_size, 32)
+    batch = batches.abstract(
+        parts.mesh, config.train.batch_size, config.model.row_shapes(config.data)
+    )
     found = collections.Counter()
 
     def count(jaxpr, times):

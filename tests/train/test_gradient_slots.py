@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import models
-from moe_jax.check.run import random_batch
+from moe_jax.check.rows import random_batch
 from moe_jax.config import MeshConfig
 from moe_jax.nn import module
 from moe_jax.objectives import OBJECTIVES
@@ -70,7 +70,9 @@ def test_no_wide_gradient_is_stacked_over_layers(parts):
     """The scan over layers returns gradients of matrices in the computation's type."""
     config, model = parts.config, parts.model
     run = lambda state, batch: step.compute_gradients(config, model, state, batch)
-    batch = batches.abstract(parts.mesh, config.train.batch_size, 32)
+    batch = batches.abstract(
+        parts.mesh, config.train.batch_size, config.model.row_shapes(config.data)
+    )
     with jax.set_mesh(parts.mesh):
         program = jax.make_jaxpr(run)(parts.abstract, batch)
     outputs = [

@@ -11,7 +11,7 @@ class ImageDataConfig(config_lib.BaseDataConfig):
     Attributes:
       source: which images, or latents of images.
       image_size: height and width. An image of another size is cut to a square around
-        its middle and scaled (bicubic; needs Pillow). 0: as they are, all of one size.
+        its middle and scaled (bicubic). 0: as they are, all of one size.
       channels: 1 makes all images grey (ITU-R 601 luma), 3 repeats grey ones. 0: as
         they are, all of one kind.
       labelled: whether images have classes, of which there must be two; if not, all

@@ -65,6 +65,15 @@ class ImageData:
         self._files = files
         self._flip, self._padding = data.flip, data.crop_padding
 
+    def describe(self) -> str:
+        """How much there is, as a line for people."""
+        train, held_out = (self.num_rows(split) for split in documents.SPLITS)
+        size = " x ".join(str(n) for n in self.image_shape)
+        classes = f"{self.num_classes} classes" if self.num_classes > 1 else "one class"
+        return (
+            f"images: {size}, {classes}; {train:,} to train on, {held_out:,} held out"
+        )
+
     def num_rows(self, split: str) -> int:
         """Images of the split."""
         return len(self._files[split].labels)

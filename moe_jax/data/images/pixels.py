@@ -4,6 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from moe_jax.errors import UserError
 
@@ -19,16 +20,13 @@ def decode(content: bytes, name: str) -> np.ndarray:
       uint8 or uint16 (H, W) or (H, W, 2 | 3 | 4): grey, grey with alpha, RGB, RGBA.
 
     Raises:
-      UserError: Pillow is missing, or the file is damaged or of another kind.
+      UserError: the file is damaged or of another kind.
     """
-    image_lib = pillow(f"image {name!r}")
-    from PIL import ImageOps
-
     formats = ("PNG", "JPEG")
     try:
-        with image_lib.open(io.BytesIO(content), formats=formats) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             image.verify()  # the checksums of a PNG, up to its end
-        with image_lib.open(io.BytesIO(content), formats=formats) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
@@ -49,21 +47,6 @@ def _plain_mode(image: Any) -> str:
     if image.mode in _PLAIN:
         return image.mode
     return {"1": "L", "PA": "RGBA"}.get(image.mode, "RGB")
-
-
-def pillow(what: str) -> Any:
-    """The module PIL.Image.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError(
-            f"{what} needs the package Pillow: pip install 'moe_jax[images]'"
-        ) from None
-    return Image
 
 
 def convert(image: np.ndarray | bytes, name: str, data: Any) -> tuple[np.ndarray, set]:
@@ -126,13 +109,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:
-    image_lib = pillow(f"data.image_size={size}: scaling images")
     height, width, _ = image.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = image[top : top + side, left : left + side]
-    made = image_lib.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    made = made.resize((size, size), image_lib.Resampling.BICUBIC)
+    made = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    made = made.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(made).reshape(size, size, image.shape[2])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_jax import config as config_lib
 from moe_jax.data import documents
-from moe_jax.data.images import examples, pixels
+from moe_jax.data.images import examples
 from moe_jax.data.images.sources import files
 from moe_jax.data.sources import text_files
 from moe_jax.errors import UserError
@@ -17,7 +17,7 @@ _FIELDS = {"train": "path", "validation": "validation_path"}
 
 @config_lib.node
 class ImageFiles(config_lib.ImageSourceConfig):
-    """Images in files; a folder of them needs the extra `images` (Pillow).
+    """Images in files: a folder of PNG and JPEG files, or one npz file.
 
     Of a folder each subfolder is a class: in order of their numbers where all names are
     numbers, otherwise of their names; one without images is none. An npz file holds
@@ -80,7 +80,6 @@ def _npz(given: dict[str, str], data: config_lib.BaseDataConfig) -> examples.Ima
 
 
 def _folders(given: dict[str, str], data: config_lib.BaseDataConfig) -> examples.Images:
-    pixels.pillow(f"data.source.path={given['train']!r}: reading PNG and JPEG files")
     found = {split: _find(path, _FIELDS[split]) for split, path in given.items()}
     classes = ("image",)
     if data.labelled:

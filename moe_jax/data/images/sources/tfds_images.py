@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax import config as config_lib
 from moe_jax.data import documents
-from moe_jax.data.images import examples, pixels
+from moe_jax.data.images import examples
 from moe_jax.data.sources import tfds_text
 from moe_jax.errors import UserError, nearest
 
@@ -18,7 +18,7 @@ class TfdsImages(config_lib.ImageSourceConfig):
     """A prepared TFDS dataset, such as mnist, fashion_mnist, cifar10 or imagenet2012.
 
     array_record files are read as they are; tfrecord files need TensorFlow, which the
-    extra `tf` installs. Images are decoded by Pillow, of the extra `images`.
+    extra `tf` installs.
 
     Attributes:
       name: `dataset/config:version` as TFDS spells it.
@@ -55,7 +55,6 @@ def load(source: TfdsImages, data: config_lib.BaseDataConfig) -> examples.Images
       UserError: unknown name, feature or split; not prepared; no images or classes; a
         package is missing.
     """
-    pixels.pillow(f"data.source.name={source.name!r}: decoding images")
     builder = tfds_text.open_builder(source)
     _check_image(source, builder.info)
     classes = _classes(source, builder.info) if data.labelled else ("image",)

@@ -1,21 +1,49 @@
-"""The end of a run: scores, baselines, experts, samples, and what to do next."""
+"""Runs on text: what fits, what is scored, and the end of a run."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from moe_jax.config import Config
 from moe_jax.data import baselines
+from moe_jax.errors import UserError
 from moe_jax.infer import texts
 from moe_jax.infer.generate import Sampling
 from moe_jax.observe.experts import expert_table
 from moe_jax.parallel import distributed
 from moe_jax.train.evaluate import Evaluator, typical_tokens
+from moe_jax.train.kinds import Kind
 from moe_jax.train.recorder import Recorder
 from moe_jax.train.setup import Parts
 
 
-def show(
+def check(config: Config, data: Any) -> None:
+    """Raises UserError where the tokenizer has more ids than the model."""
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"--config.model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"tokenizer's {data.vocab_size} ids; set it to {data.vocab_size} or, for "
+            f"even tiles, {-(-data.vocab_size // 128) * 128}"
+        )
+
+
+def of_loss(data: Any) -> Callable[[float], dict[str, float]]:
+    """Bits per byte of the training text, by the loss in nats per token."""
+    nats_to_bits = 1 / (math.log(2) * data.bytes_per_token("train"))
+    return lambda loss: {"bits_per_byte": loss * nats_to_bits}
+
+
+def line(figures: dict[str, Any]) -> str:
+    """Held-out figures for people."""
+    return (
+        f"loss {figures['loss']:.4f}  perplexity {figures['perplexity']:.2f}  "
+        f"bpb {figures['bits_per_byte']:.3f}"
+    )
+
+
+def finish(
     parts: Parts,
     data: Any,
     evaluator: Evaluator,
@@ -90,3 +118,13 @@ def _samples(parts: Parts, data: Any, state: Any) -> Iterator[str]:
             sampling=Sampling(temperature=0.8, top_p=0.95),
             seed=parts.config.seed,
         )
+
+
+KIND = Kind(
+    unit="tokens",
+    check=check,
+    evaluator=lambda parts, data: Evaluator(parts, data.bytes_per_token("validation")),
+    of_loss=of_loss,
+    line=line,
+    finish=finish,
+)

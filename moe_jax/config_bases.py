@@ -98,6 +98,10 @@ class SelectorConfig(Node):
         """Rows of a batch that must stay on one shard: 1 unless they are mixed."""
         return 1
 
+    def num_routed(self, num_experts: int) -> int:
+        """Experts that compete by scores: the first so many; scores and balance."""
+        return num_experts
+
     def size_problems(self, path: str, num_experts: int) -> Iterator[str]:
         """Rules that need E; `path` is that of the selector."""
         for name in ("top_k", "k_max"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax import config
 from moe_jax.models import remat as remat_lib
+from moe_jax.moe import capabilities
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import MoEAux, Override
 
@@ -108,6 +109,9 @@ def moe_problems(
                 "exchanged; leave 'exchanges' out, or set 'full'"
             )
         return
+    null = getattr(options, "condition_dropout", 0) > 0
+    where = f"{path}.feed_forward"
+    yield from capabilities.unconditional_problems(ff, where, null)
     if options.num_layers < max(0, ff.first_dense) + max(1, ff.every):
         yield (
             f"{path}.feed_forward.first_dense={ff.first_dense} and "

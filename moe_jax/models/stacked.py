@@ -11,6 +11,7 @@ from moe_jax.models import remat
 from moe_jax.models.base import RouterState
 from moe_jax.models.segments import Kind, Segment, interleave
 from moe_jax.moe import balance
+from moe_jax.moe import state as router
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Override
 from moe_jax.moe.scorers import SCORERS
@@ -105,7 +106,7 @@ class Stacked:
         state: RouterState = {}
         for name, block, repeats in self._moe_blocks():
             ff = self.options.feed_forward
-            one = balance.init_state(ff.balance, ff.num_experts)
+            one = router.init_state(ff)
             stack = lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape))
             state.setdefault(name, {})[block] = jax.tree.map(stack, one)
         return state
@@ -114,19 +115,19 @@ class Stacked:
         self, state: RouterState, observations: dict[str, Any]
     ) -> RouterState:
         """See `Model.update_router_state`."""
-        return self._with(balance.update, state, observations)
+        return self._with(router.update, state, observations)
 
     def with_step_load(
         self, state: RouterState, observations: dict[str, Any]
     ) -> RouterState:
         """See `Model.with_step_load`."""
-        return self._with(balance.with_step_load, state, observations)
+        return self._with(router.with_step_load, state, observations)
 
     def _with(self, change, state, observations) -> RouterState:
         new: RouterState = {}
         for name, block, _ in self._moe_blocks():
             new.setdefault(name, {})[block] = change(
-                self.options.feed_forward.balance,
+                self.options.feed_forward,
                 state[name][block],
                 observations[name][block],
             )

@@ -13,12 +13,15 @@ from moe_jax.moe.balance.options import LOAD_BALANCE
 from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
 from moe_jax.moe.noises.input_jitter import InputJitter
 from moe_jax.moe.noises.sampled_experts import SampledExperts
+from moe_jax.moe.scorers.cosine import Cosine
 from moe_jax.moe.scorers.no_scores import NoScores
+from moe_jax.moe.selectors.diff_moe import DiffMoE
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.global_top_k import GlobalTopK
 from moe_jax.moe.selectors.group_limited import GroupLimited
 from moe_jax.moe.selectors.hashing import Hash
 from moe_jax.moe.selectors.mixture_of_tokens import MixtureOfTokens
+from moe_jax.moe.selectors.pro_moe import ProMoE, ProMoEChoice
 from moe_jax.moe.selectors.soft_moe import SoftMoE
 from moe_jax.moe.selectors.sparse_mixer import SparseMixer
 from moe_jax.moe.selectors.sparse_mixer_v2 import SparseMixerV2
@@ -39,6 +42,8 @@ class Facts:
       logit_noise: why it takes no noise on logits.
       explore: why it takes no random choice.
       not_causal: why a token's output depends on later ones, by its options.
+      cosines: why it takes no scorer but `Cosine`.
+      unconditional: why the model must know images without condition.
     """
 
     continuous: bool = False
@@ -49,6 +54,8 @@ class Facts:
     logit_noise: str = ""
     explore: str = ""
     not_causal: Callable[[config.SelectorConfig], str] = lambda options: ""
+    cosines: str = ""
+    unconditional: str = ""
 
 
 # Noises that replace the choice.
@@ -66,6 +73,20 @@ _SAMPLES = dict(
     bias="its gradient is right only where experts are drawn from their probabilities",
     explore="its gradient is right only where experts are drawn from their "
     "probabilities",
+)
+
+
+_TAKES = "whether an expert takes a token depends on later ones"
+_CHOOSE = dict(
+    bias="it would shift all tokens of an expert alike",
+    load_balance="every expert takes the same number of tokens",
+    explore="it would give experts more tokens than they take",
+)
+_PROTOTYPES = dict(
+    cosines="its contrastive loss moves prototypes, which only Cosine has",
+    unconditional="the last expert serves images that are denoised without condition",
+    logit_noise="its weights are the cosines themselves",
+    explore="a random expert might be the last one, which is not for all tokens",
 )
 
 
@@ -88,12 +109,10 @@ CAPABILITIES: dict[type[config.SelectorConfig], Facts] = {
         bias="the token id alone decides",
         explore="the token id alone decides",
     ),
-    ExpertChoice: Facts(
-        bias="it would shift all tokens of an expert alike",
-        load_balance="every expert takes the same number of tokens",
-        explore="it would give experts more tokens than they take",
-        not_causal=_always("whether an expert takes a token depends on later ones"),
-    ),
+    ExpertChoice: Facts(not_causal=_always(_TAKES), **_CHOOSE),
+    DiffMoE: Facts(not_causal=_always(_TAKES), **_CHOOSE),
+    ProMoE: Facts(**_PROTOTYPES),
+    ProMoEChoice: Facts(not_causal=_always(_TAKES), **_CHOOSE | _PROTOTYPES),
     SparseMixer: Facts(**_SAMPLES),
     SparseMixerV2: Facts(**_SAMPLES),
     GlobalTopK: Facts(
@@ -163,6 +182,29 @@ def _scoring(moe, path) -> Iterator[str]:
     if silent and not reason:
         yield (
             f"{path}.scorer=NoScores: {selector} chooses by scores; set another scorer"
+        )
+    reason = facts(moe.selector).cosines
+    if reason and not silent and not isinstance(moe.scorer, Cosine):
+        yield (
+            f"{path}.scorer={_name(moe.scorer)} with {selector}: {reason}; set "
+            "scorer=Cosine(proj_dim=0, temperature=1.0, learned=False)"
+        )
+
+
+def unconditional_problems(moe, path: str, has_unconditional: bool) -> Iterator[str]:
+    """Of a selector that treats images without condition apart.
+
+    Args:
+      moe: the config of the layer.
+      path: of it.
+      has_unconditional: whether the model denoises images without condition.
+    """
+    reason = facts(moe.selector).unconditional
+    if reason and not has_unconditional:
+        yield (
+            f"{path}.selector={_name(moe.selector)}: {reason}, and this model has "
+            "none; choose another selector, or a DiT with num_classes or "
+            "condition_width, and condition_dropout above 0"
         )
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from moe_jax import config
 from moe_jax.moe import balance, capabilities, health, mixing, route, sharded
+from moe_jax.moe import state as router
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.moe.experts import EXPERTS
@@ -30,10 +31,11 @@ from moe_jax.moe.routing import (
     Override,
     Routing,
     Tokens,
+    among,
 )
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.linear import Linear
-from moe_jax.moe.selectors import LOSSES
+from moe_jax.moe.selectors import LOSSES, WEIGHTS
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn import feedforward, module
 from moe_jax.parallel import rules
@@ -107,7 +109,8 @@ class MoE(config.FeedForwardConfig):
                 f"{path}.shared_gate=True would be ignored: there are no shared "
                 "experts; set shared_d_ff"
             )
-        yield from self.balance.layer_problems(path, self.num_experts, self.selector)
+        routed = self.selector.num_routed(self.num_experts)
+        yield from self.balance.layer_problems(path, routed, self.selector)
         if self.shared_d_ff:
             where = f"{path}.shared_d_ff"
             yield from feedforward.tensor_problems(self.shared_d_ff, where, root)
@@ -167,13 +170,17 @@ class MoELayer(nnx.Module):
         dtype: str = "float32",
     ):
         self.options = options
-        num_scores = options.num_experts
-        num_scores *= getattr(options.selector, "slots_per_expert", 1)
+        selector, num_experts = options.selector, options.num_experts
+        num_scores = selector.num_routed(num_experts)
+        num_scores *= getattr(selector, "slots_per_expert", 1)
         scorer = SCORERS[type(options.scorer)]
         self.scorer = scorer(d_model, num_scores, options.scorer, rngs)
         if options.noise is not None:
             noise = NOISES[type(options.noise)]
             self.noise = noise(d_model, num_scores, options.noise, rngs)
+        if type(selector) in WEIGHTS:
+            own = WEIGHTS[type(selector)]
+            self.selector = own(d_model, num_experts, selector, rngs)
         if options.output_scale:
             self.output_scale = module.param(
                 rngs, (d_model,), (None,), value=1.0, dtype=dtype
@@ -203,7 +210,7 @@ class MoELayer(nnx.Module):
 
     def init_router_state(self) -> dict[str, Array]:
         """What this layer learns without gradients."""
-        return balance.init_state(self.options.balance, self.options.num_experts)
+        return router.init_state(self.options)
 
     def __call__(
         self,
@@ -251,6 +258,9 @@ class MoELayer(nnx.Module):
         )
         state = self.init_router_state() if router_state is None else router_state
         with jax.named_scope("router"):
+            if type(self.options.selector) in WEIGHTS:
+                own = self.selector(tokens)
+                tokens = dataclasses.replace(tokens, own=own)
             routing, carry = self._route(tokens, state, carry, key, mode, override)
         y, stats = self._dispatch(x, routing)
         if self.options.output_scale:
@@ -266,15 +276,16 @@ class MoELayer(nnx.Module):
         seen = routing
         if isinstance(routing, Mixing):
             seen = mixing.as_routing(routing)
-        losses = balance.losses(options, seen, tokens.batch_shape, state)
+        balanced = among(seen, selector.num_routed(self.options.num_experts))
+        losses = balance.losses(options, balanced, tokens.batch_shape, state)
         if type(selector) in LOSSES:
-            losses |= LOSSES[type(selector)](selector, seen)
+            losses |= LOSSES[type(selector)](selector, seen, tokens, self.scorer)
         return MoEAux(
             losses=losses,
             health=health.figures(seen),
             stats=stats,
-            observation=balance.observe(options, seen),
-            statistics=balance.statistics(options, seen),
+            observation=router.observe(self.options, seen, balanced, tokens),
+            statistics=balance.statistics(options, balanced),
             routing=routing if mode.capture else None,
         )
 

@@ -78,6 +78,7 @@ class Tokens:
       queries: (T, H, Dh), the block's, for attention-aware routing.
       keys: (T, H, Dh), likewise.
       condition: pytree of (T, ...) that rides along; from a denoiser a `Condition`.
+      own: (T, ...) from the selector's own weights; None: it has none.
     """
 
     features: Array
@@ -90,6 +91,7 @@ class Tokens:
     queries: Array | None = None
     keys: Array | None = None
     condition: PyTree = None
+    own: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +305,27 @@ def biased(choice_te: Array, router_state: Mapping[str, Array]) -> Array:
     if "bias" in router_state:
         choice_te = choice_te + constant(router_state["bias"])
     return choice_te
+
+
+def among(routing: Routing, num_experts: int) -> Routing:
+    """The part of a routing that concerns the first experts, for their balance.
+
+    A token that another expert serves takes no part in it.
+    """
+    if num_experts == routing.num_experts:
+        return routing
+    inside_tk = routing.expert_tk < num_experts
+    away_t = jnp.any(routing.valid_tk & ~inside_tk, axis=1)
+    first = lambda x_te: x_te[:, :num_experts]
+    return dataclasses.replace(
+        routing,
+        valid_tk=routing.valid_tk & inside_tk,
+        probs_te=first(routing.probs_te),
+        logits_te=first(routing.logits_te),
+        choice_te=first(routing.choice_te),
+        valid_t=routing.valid_t & ~away_t,
+        num_experts=num_experts,
+    )
 
 
 def counts_per_expert(routing: Routing) -> Array:

@@ -14,6 +14,8 @@ def score(kind, z):
     if kind == "softmax":
         powers = np.exp(z - z.max())
         return powers / powers.sum()
+    if kind == "identity":
+        return z.copy()
     if kind == "sigmoid":
         return np.array([1 / (1 + math.exp(-v)) for v in z])
     return np.array([math.sqrt(math.log1p(math.exp(v))) for v in z])
@@ -109,7 +111,8 @@ def expert_choice(options, z, valid, batch, bias):
     for tokens in competitors(options, valid, batch):
         for e in range(z.shape[1]):
             wanted = options.capacity_factor * len(tokens) / z.shape[1]
-            count = min(len(tokens), max(1, math.floor(wanted + 0.5)))
+            wanted += 0.5 * (options.rounding == "nearest")
+            count = min(len(tokens), max(1, math.floor(wanted)))
             for t in sorted(tokens, key=lambda t: (-scores[t, e], t))[:count]:
                 gates[t, e] = options.scale * scores[t, e]
                 served[t, e] = True
@@ -119,6 +122,13 @@ def expert_choice(options, z, valid, batch, bias):
 def global_top_k(options, z, valid, batch, bias):
     gates, served = np.zeros(z.shape), np.zeros(z.shape, bool)
     scores = np.array([score(options.score, row) for row in z])
+    if options.threshold_decay:  # Evaluation.
+        for t in np.flatnonzero(valid):
+            for e in order(scores[t] + bias)[: options.k_max]:
+                if scores[t, e] + bias[e] >= thresholds(options):
+                    gates[t, e] = options.scale * scores[t, e]
+                    served[t, e] = True
+        return gates, served
     for tokens in competitors(options, valid, batch):
         pairs = [
             (-(scores[t, e] + bias[e]), t, e)
@@ -128,6 +138,74 @@ def global_top_k(options, z, valid, batch, bias):
         for _, t, e in sorted(pairs)[: options.top_k * len(tokens)]:
             gates[t, e] = options.scale * scores[t, e]
             served[t, e] = True
+    return gates, served
+
+
+def thresholds(options, num_experts=8):
+    """What routers are tested with as their learned threshold."""
+    if type(options).__name__ == "DiffMoE":
+        return np.linspace(0.2, 0.6, num_experts)
+    return 0.45
+
+
+def without_condition(batch):
+    """(T,) bool: every third image, from the second on, has no condition."""
+    return np.repeat(np.arange(batch[0]) % 3 == 1, batch[1])
+
+
+def predictions(tokens, num_experts=8):
+    """(T, E): what a predictor of capacities is taken to say."""
+    return np.sin(np.arange(tokens * num_experts) * 1.7).reshape(tokens, num_experts)
+
+
+def diff_moe(options, z, valid, batch, bias):
+    """Evaluation: how many by the predictor, which by the scores; image by image."""
+    gates, served = np.zeros(z.shape), np.zeros(z.shape, bool)
+    scores = np.array([score("softmax", row) for row in z])
+    sure = 1 / (1 + np.exp(-predictions(*z.shape)))
+    tokens = np.arange(len(z)).reshape(batch)
+    for image in [tokens.ravel()] if options.eval_group == "batch" else tokens:
+        inside = [t for t in image if valid[t]]
+        for e in range(z.shape[1]):
+            count = sum(sure[t, e] > thresholds(options)[e] for t in inside)
+            for t in sorted(inside, key=lambda t: (-scores[t, e], t))[:count]:
+                gates[t, e], served[t, e] = scores[t, e], True
+    return gates, served
+
+
+def _with_last(of_routed):
+    """Adds the last expert, which alone serves images without condition."""
+
+    def run(options, z, valid, batch, bias):
+        none = without_condition(batch)
+        parts = of_routed(options, z, valid & ~none, batch, bias)
+        own = (none & valid)[:, None]
+        return tuple(np.concatenate([p, own.astype(p.dtype)], axis=1) for p in parts)
+
+    return run
+
+
+@_with_last
+def pro_moe(options, z, valid, batch, bias):
+    def pick(row):
+        scores = score(options.score, row)
+        best = order(scores + bias)[: options.top_k]
+        return finish(scores, best, False, 1.0), best
+
+    return by_token(z, valid, pick)
+
+
+@_with_last
+def pro_moe_choice(options, z, valid, batch, bias):
+    gates, served = np.zeros(z.shape), np.zeros(z.shape, bool)
+    scores = np.array([score(options.score, row) for row in z])
+    for image in np.arange(len(z)).reshape(batch):
+        inside = [t for t in image if valid[t]]
+        count = int(options.capacity_factor * len(inside) / z.shape[1])
+        for e in range(z.shape[1]):
+            best = sorted(inside, key=lambda t: (-scores[t, e], t))
+            for t in best[: max(1, count)]:
+                gates[t, e], served[t, e] = scores[t, e], True
     return gates, served
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_selectors import VALID, logits_for, route
+from test_selectors import ASIDE, VALID, logits_for, route, tokens_of
 
 from moe_jax import config
 from moe_jax.models.decoder_config import Decoder
+from moe_jax.models.dit_config import DiT
 from moe_jax.moe import capabilities
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -26,13 +27,16 @@ from moe_jax.moe.noises.learned_gaussian import LearnedGaussian
 from moe_jax.moe.noises.sampled_experts import SampledExperts
 from moe_jax.moe.routing import Mixing
 from moe_jax.moe.scorers import SCORERS
+from moe_jax.moe.scorers.cosine import Cosine
 from moe_jax.moe.scorers.no_scores import NoScores
 from moe_jax.moe.selectors import SELECTORS, top_p
+from moe_jax.moe.selectors.diff_moe import DiffMoE
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.global_top_k import GlobalTopK
 from moe_jax.moe.selectors.group_limited import GroupLimited
 from moe_jax.moe.selectors.hashing import Hash
 from moe_jax.moe.selectors.mixture_of_tokens import MixtureOfTokens
+from moe_jax.moe.selectors.pro_moe import ProMoE, ProMoEChoice
 from moe_jax.moe.selectors.soft_moe import SoftMoE
 from moe_jax.moe.selectors.sparse_mixer import SparseMixer
 from moe_jax.moe.selectors.sparse_mixer_v2 import SparseMixerV2
@@ -44,7 +48,8 @@ from moe_jax.objectives.next_token import NextToken
 SMALL = {GroupLimited: dict(top_k=3, num_groups=4, top_groups=2)}
 SMALL[MixtureOfTokens] = dict(group_size=2)
 CONTINUOUS = (SoftMoE, MixtureOfTokens)
-NONCAUSAL = (ExpertChoice, GlobalTopK, SoftMoE)
+CHOOSING = (ExpertChoice, DiffMoE, ProMoEChoice)
+NONCAUSAL = (*CHOOSING, GlobalTopK, SoftMoE)
 SILENT = dict(load_balance_weight=0.0, z_weight=0.0)
 
 
@@ -52,7 +57,9 @@ def make(selector, **fields):
     """A layer with this selector that nothing is to be said against."""
     options = selector(**SMALL.get(selector, {}))
     weights = {}
-    if selector in (*CONTINUOUS, ExpertChoice):
+    if selector in ASIDE:
+        fields = {"scorer": Cosine(), **fields}
+    if selector in (*CONTINUOUS, *CHOOSING):
         weights = dict(load_balance_weight=0.0)
     if selector is Hash:
         fields = {"scorer": NoScores(), **fields}
@@ -92,12 +99,13 @@ def test_a_plain_layer_is_accepted(selector):
 def test_scorers_and_noises_combine_as_the_table_says(selector):
     for scorer in SCORERS:
         refused = (scorer is NoScores) != (selector is Hash)
+        refused |= selector in ASIDE and scorer is not Cosine
         assert bool(problems(make(selector, scorer=scorer()))) == refused
-    no_choice = (*CONTINUOUS, Hash, ExpertChoice, SparseMixer, SparseMixerV2)
+    no_choice = (*CONTINUOUS, Hash, *CHOOSING, SparseMixer, SparseMixerV2, ProMoE)
     refusing = {
         InputJitter: (Hash,),
-        Gaussian: (*CONTINUOUS, Hash),
-        LearnedGaussian: (*CONTINUOUS, Hash),
+        Gaussian: (*CONTINUOUS, Hash, *ASIDE),
+        LearnedGaussian: (*CONTINUOUS, Hash, *ASIDE),
         EpsilonGreedy: no_choice,
         SampledExperts: no_choice,
     }
@@ -112,16 +120,20 @@ def test_scorers_and_noises_combine_as_the_table_says(selector):
 def test_losses_and_bias_combine_as_the_table_says(selector):
     loads = dict.fromkeys(
         ("load_balance_weight", "sequence_weight", "global_weight", "pooled_weight"),
-        (*CONTINUOUS, Hash, ExpertChoice),
+        (*CONTINUOUS, Hash, *CHOOSING),
     )
     others = dict.fromkeys(("z_weight", "importance_weight", "entropy_weight"), (Hash,))
     samples = (SparseMixer, SparseMixerV2)
-    bias = {"bias_rate": (*CONTINUOUS, Hash, ExpertChoice, *samples)}
+    bias = {"bias_rate": (*CONTINUOUS, Hash, *CHOOSING, *samples)}
     for name, selectors in {**loads, **others, **bias}.items():
         found = problems(make(selector, balance={name: 0.1}))
         assert len(found) == (selector in selectors), (name, found)
         assert all(f"balance.{name}=0.1" in problem for problem in found)
-    noises = [] if selector in (*CONTINUOUS, Hash) else [Gaussian(), LearnedGaussian()]
+    noises = (
+        []
+        if selector in (*CONTINUOUS, Hash, *ASIDE)
+        else [Gaussian(), LearnedGaussian()]
+    )
     for noise in noises:
         found = problems(make(selector, noise=noise, balance={"load_weight": 0.1}))
         assert len(found) == (selector is not TopK)
@@ -235,6 +247,19 @@ def gates(routing):
         (ExpertChoice(capacity_factor=0.0), "must be positive"),
         (ExpertChoice(capacity_factor=9.0), "more tokens than there are"),
         (ExpertChoice(group="row"), "must be 'sequence' or 'batch'"),
+        (ExpertChoice(rounding="up"), "rounding='up': must be one of"),
+        (ExpertChoice(score="identity"), "score='identity': must be one of"),
+        (DiffMoE(eval_group="row"), "eval_group='row': must be 'sequence'"),
+        (DiffMoE(capacity_factor=9.0), "more tokens than there are"),
+        (DiffMoE(predictor_weight=0.0), "predictor_weight=0.0: must be positive"),
+        (DiffMoE(decay=1.0), "decay=1.0: must lie in [0, 1)"),
+        (ProMoE(top_k=8), "top_k=8 is more than the 7 routed experts"),
+        (ProMoE(tau=0.0), "tau=0.0: must be positive"),
+        (ProMoE(score="cosine"), "score='cosine': must be one of"),
+        (ProMoEChoice(capacity_factor=8.0), "at most the 7 experts"),
+        (ProMoEChoice(contrastive_weight=-1.0), "must not be negative"),
+        (GlobalTopK(threshold_decay=1.0), "threshold_decay=1.0: must lie in [0, 1)"),
+        (GlobalTopK(similarity_weight=-1.0), "similarity_weight=-1.0: must be at"),
         (GlobalTopK(k_max=1), "k_max=1 is less than"),
         (GlobalTopK(k_max=16), "selector.k_max=16 is more than"),
         (GlobalTopK(group="all"), "must be 'sequence' or 'batch'"),
@@ -302,6 +327,9 @@ def test_work_and_active_parameters_follow_the_selector():
         SparseMixer: (1.0, 1.0),
         SparseMixerV2: (2.0, 2.0),
         GlobalTopK: (2.0, 2.0),
+        ProMoE: (1.0, 1.0),
+        ProMoEChoice: (1.0, 1.0),
+        DiffMoE: (1.0, 1.0),
         SoftMoE: (8.0, 8 / 64),
         MixtureOfTokens: (8.0, 8 / 2),
     }
@@ -323,9 +351,12 @@ def test_the_layer_carries_noise_entropy_and_scale():
         assert ("noise" in weights) == (noise is LearnedGaussian)
         x = jax.ShapeDtypeStruct((2, 8, 6), jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        split = lambda a: a.reshape(2, 8, *a.shape[1:])
+        told = jax.tree.map(split, tokens_of(batch=(2, 8)).condition)
+        given = dict(condition=told, key=jax.random.key(0))
         y, _, aux = jax.eval_shape(
-            lambda w, x, ids, made=made: made.bind(w)(
-                x, token_ids=ids, key=jax.random.key(0)
+            lambda w, x, ids, made=made, given=given: made.bind(w)(
+                x, token_ids=ids, **given
             ),
             weights,
             x,
@@ -333,6 +364,8 @@ def test_the_layer_carries_noise_entropy_and_scale():
         )
         assert y.shape == x.shape and y.dtype == x.dtype
         assert ("top_p_entropy_loss" in aux.losses) == (selector is TopP)
+        assert ("contrastive_loss" in aux.losses) == (selector in ASIDE)
+        assert ("capacity_predictor_loss" in aux.losses) == (selector is DiffMoE)
         assert all(v.dtype == jnp.float32 for v in aux.losses.values())
 
 
@@ -353,20 +386,50 @@ def test_the_scale_multiplies_the_routed_experts():
     assert np.abs(shared).max() > 0.1
 
 
+def of_model(model):
+    """What is said of images without condition."""
+    found = model.problems("config.model", config.Config())
+    return [p for p in found if "images that are denoised without" in p]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: s.__name__)
+def test_an_expert_for_images_without_condition_needs_some(selector):
+    refused = int(selector in ASIDE)
+    moe = make(selector)
+    assert of_model(DiT(feed_forward=moe)) == []
+    vectors = dict(num_classes=0, condition_width=4)
+    assert of_model(DiT(feed_forward=moe, **vectors)) == []
+    never = DiT(feed_forward=moe, condition_dropout=0.0)
+    for model in (Decoder(feed_forward=moe), never):
+        found = of_model(model)
+        assert len(found) == refused
+        assert all("condition_dropout above 0" in problem for problem in found)
+
+
+def test_raw_scores_take_no_factor():
+    for selector in (GlobalTopK, ProMoE):
+        moe = make(selector, balance=dict(bias_rate=0.1, bias_form="multiplicative"))
+        moe.selector.score = "identity"
+        (problem,) = problems(moe)
+        assert "a factor raises positive scores only" in problem
+        moe.selector.score = "sigmoid"
+        assert problems(moe) == []
+
+
 def test_the_entropy_loss_by_hand(float64):
     """Uniform over E: log E; its gradient reaches the scorer."""
     options = TopP(entropy_weight=0.5)
     flat = route(options, np.zeros((24, 8)))
-    found = top_p.losses(options, flat)["top_p_entropy_loss"]
+    found = top_p.losses(options, flat, None, None)["top_p_entropy_loss"]
     np.testing.assert_allclose(found, 0.5 * np.log(8), rtol=1e-12)
     z = logits_for(options)
     probs = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     want = -0.5 * (probs * np.log(probs)).sum(axis=1)[VALID].mean()
-    value = lambda z: top_p.losses(options, route(options, z, VALID))
+    value = lambda z: top_p.losses(options, route(options, z, VALID), None, None)
     np.testing.assert_allclose(value(z)["top_p_entropy_loss"], want, rtol=1e-12)
     grad = jax.grad(lambda z: value(z)["top_p_entropy_loss"])(jnp.asarray(z))
     # dH/dz_e = -p_e (log p_e + H).
     entropy = -(probs * np.log(probs)).sum(axis=1, keepdims=True)
     want = -0.5 * probs * (np.log(probs) + entropy) * VALID[:, None] / VALID.sum()
     np.testing.assert_allclose(grad, want, rtol=1e-9, atol=1e-15)
-    assert top_p.losses(TopP(entropy_weight=0.0), flat) == {}
+    assert top_p.losses(TopP(entropy_weight=0.0), flat, None, None) == {}

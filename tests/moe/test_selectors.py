@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import router_oracles as oracles
 
-from moe_jax.moe.routing import EVAL, TRAIN, Mixing, Override, Tokens
-from moe_jax.moe.selectors import LOSSES, SELECTORS
+from moe_jax.moe.routing import EVAL, TRAIN, Condition, Mixing, Override, Tokens
+from moe_jax.moe.selectors import LOSSES, SELECTORS, STATES, WEIGHTS
+from moe_jax.moe.selectors.diff_moe import DiffMoE
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.global_top_k import GlobalTopK
 from moe_jax.moe.selectors.group_limited import GroupLimited
 from moe_jax.moe.selectors.hashing import Hash
 from moe_jax.moe.selectors.mixture_of_tokens import MixtureOfTokens
+from moe_jax.moe.selectors.pro_moe import ProMoE, ProMoEChoice
 from moe_jax.moe.selectors.soft_moe import SoftMoE
 from moe_jax.moe.selectors.sparse_mixer import SparseMixer
 from moe_jax.moe.selectors.sparse_mixer_v2 import SparseMixerV2
@@ -31,6 +33,9 @@ ORACLES = {
     TopP: oracles.top_p,
     ExpertChoice: oracles.expert_choice,
     GlobalTopK: oracles.global_top_k,
+    ProMoE: oracles.pro_moe,
+    ProMoEChoice: oracles.pro_moe_choice,
+    DiffMoE: oracles.diff_moe,
     SparseMixer: oracles.sparse_mixer,
     SparseMixerV2: oracles.sparse_mixer_v2,
 }
@@ -55,6 +60,16 @@ DISCRETE = [
     ExpertChoice(capacity_factor=1.1, group="batch", score="sigmoid", scale=3.0),
     GlobalTopK(),
     GlobalTopK(top_k=1, k_max=3, group="sequence", score="softmax", scale=2.0),
+    ExpertChoice(rounding="down", capacity_factor=3.9),
+    GlobalTopK(score="identity", k_max=5),
+    GlobalTopK(threshold_decay=0.9, k_max=5),
+    ProMoE(),
+    ProMoE(top_k=3, score="sigmoid"),
+    ProMoE(top_k=2, score="softmax"),
+    ProMoEChoice(capacity_factor=2.5),
+    ProMoEChoice(score="softmax"),
+    DiffMoE(),
+    DiffMoE(eval_group="batch"),
     SparseMixer(),
     SparseMixerV2(eps=0.4),
     SparseMixerV2(top_k=1, eps=0.3),
@@ -67,7 +82,9 @@ CONTINUOUS = [
     MixtureOfTokens(group_size=3, across="positions", temperature=0.5, emit="softmax"),
 ]
 # Those in which a bias of the router state takes part.
-BIASED = (TopK, GroupLimited, TopP, GlobalTopK)
+BIASED = (TopK, GroupLimited, TopP, GlobalTopK, ProMoE)
+# Those whose last expert serves images without condition, and no others.
+ASIDE = (ProMoE, ProMoEChoice)
 
 
 def name(options):
@@ -85,23 +102,39 @@ def everyone(cases):
 
 def tokens_of(valid=None, batch=BATCH):
     count = batch[0] * batch[1]
+    zeros = jnp.zeros((count, 1))
     return Tokens(
-        features=jnp.zeros((count, 1)),
+        features=zeros,
         valid=jnp.ones(count, bool) if valid is None else jnp.asarray(valid),
         batch_shape=batch,
         token_ids=jnp.arange(count, dtype=jnp.int32) % 7,
+        condition=Condition(
+            time=zeros[:, 0],
+            time_embedding=zeros,
+            embedding=zeros,
+            none=jnp.asarray(oracles.without_condition(batch)),
+        ),
+        own=jnp.asarray(oracles.predictions(count, E)),
     )
 
 
 def logits_for(options, seed=0, spread=2.0, count=T):
-    width = E * getattr(options, "slots_per_expert", 1)
+    width = options.num_routed(E) * getattr(options, "slots_per_expert", 1)
     return np.random.default_rng(seed).normal(size=(count, width)) * spread + 0.5
 
 
 def route(options, logits, valid=None, state=None, mode=EVAL, override=None, key=None):
     logits, tokens = jnp.asarray(logits), tokens_of(valid)
     run = SELECTORS[type(options)]
-    return run(options, logits, tokens, state or {}, mode, override, key)
+    state = state_of(options) | (state or {})
+    return run(options, logits, tokens, state, mode, override, key)
+
+
+def state_of(options):
+    """What a selector has learned without gradients."""
+    state = STATES.get(type(options))
+    learned = {} if state is None else state.init(options, E)
+    return {name: jnp.asarray(oracles.thresholds(options)) for name in learned}
 
 
 def gates(routing):
@@ -117,16 +150,17 @@ def gates(routing):
 def test_every_selector_has_a_case():
     cases = {type(options) for options in [*DISCRETE, HASH, *CONTINUOUS]}
     assert cases == set(SELECTORS)
-    assert set(LOSSES) <= set(SELECTORS)
+    for extra in (LOSSES, STATES, WEIGHTS):
+        assert set(extra) <= set(SELECTORS)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @everyone(DISCRETE)
 def test_choice_and_weights_match_the_oracle(float64, options, seed):
     rng, z = np.random.default_rng(seed + 10), logits_for(options, seed)
-    bias = np.zeros(E)
+    bias = np.zeros(z.shape[1])
     if isinstance(options, BIASED) and seed:
-        bias = rng.normal(size=E) * 0.3
+        bias = rng.normal(size=z.shape[1]) * 0.3
     routing = route(options, z, VALID, {"bias": jnp.asarray(bias)})
     want = ORACLES[type(options)](options, z, VALID, BATCH, bias)
     weight, served = gates(routing)
@@ -137,7 +171,8 @@ def test_choice_and_weights_match_the_oracle(float64, options, seed):
 
 @everyone(DISCRETE)
 def test_gradients_match_differences_of_the_oracle(float64, options):
-    z, bias = logits_for(options, seed=2), np.zeros(E)
+    z = logits_for(options, seed=2)
+    bias = np.zeros(z.shape[1])
     factors = np.random.default_rng(3).normal(size=(T, E))
     oracle = ORACLES[type(options)]
     value = lambda z: (oracle(options, z, VALID, BATCH, bias)[0] * factors).sum()
@@ -150,7 +185,7 @@ def test_gradients_match_differences_of_the_oracle(float64, options):
     grad = np.asarray(jax.grad(program)(jnp.asarray(z)))
     assert np.abs(grad).max() > 1e-3
     step = 1e-6
-    for t, e in np.random.default_rng(4).integers(0, (T, E), (24, 2)):
+    for t, e in np.random.default_rng(4).integers(0, z.shape, (24, 2)):
         up, down = z.copy(), z.copy()
         up[t, e] += step
         down[t, e] -= step
@@ -224,19 +259,23 @@ def test_the_same_on_a_mesh(options, axes_mesh):
 def test_pruned_experts_serve_nobody(options):
     z = logits_for(options, seed=9).astype(np.float32)
     mask = np.arange(E) % 3 != 1
-    state = {"bias": jnp.where(mask, 0.0, 9.0)} if isinstance(options, BIASED) else {}
+    state, rows = {}, np.ones(T, bool)
+    if isinstance(options, BIASED):
+        state = {"bias": jnp.where(mask, 0.0, 9.0)[: z.shape[1]]}
+    if isinstance(options, ASIDE):
+        rows = ~oracles.without_condition(BATCH)
     for mode in (TRAIN, EVAL):
         override, key = Override(expert_mask=jnp.asarray(mask)), jax.random.key(0)
         routing = route(options, z, None, state, mode, override, key)
         weight, served = gates(routing)
         assert served[:, mask].any() and not served[:, ~mask].any()
         assert np.isfinite(weight).all()
-        assert np.all(np.asarray(routing.probs_te)[:, ~mask] == 0)
+        assert np.all(np.asarray(routing.probs_te)[rows][:, ~mask] == 0)
     # What is left is what a layer without them would do.
-    if not isinstance(options, GroupLimited | Hash | ExpertChoice | TopP):
-        left = SELECTORS[type(options)](
-            options, jnp.asarray(z[:, mask]), tokens_of(), {}, EVAL, None, None
-        )
+    other = (GroupLimited, Hash, ExpertChoice, TopP, DiffMoE, *ASIDE)
+    if not isinstance(options, other):
+        given = tokens_of(), state_of(options), EVAL, None, None
+        left = SELECTORS[type(options)](options, jnp.asarray(z[:, mask]), *given)
         one, two = np.zeros((T, E)), np.zeros((T, int(mask.sum())))
         for t, k in np.argwhere(np.asarray(left.valid_tk)):
             two[t, left.expert_tk[t, k]] = left.weight_tk[t, k]
@@ -249,7 +288,7 @@ def test_a_shift_is_a_shift_of_the_logits(options):
     z = logits_for(options, seed=10).astype(np.float32)
     shift = np.linspace(-1, 1, E).astype(np.float32)
     found = route(options, z, override=Override(logit_shift=jnp.asarray(shift)))
-    want = route(options, z + shift)
+    want = route(options, z + shift[: z.shape[1]])
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
@@ -286,6 +325,8 @@ def test_a_replay_is_obeyed(options):
 REFUSED = {
     TopP: ["top_k"],
     ExpertChoice: ["top_k"],
+    ProMoEChoice: ["top_k"],
+    DiffMoE: ["top_k"],
     SparseMixer: ["top_k"],
     Hash: ["logit_shift"],
     SoftMoE: ["top_k", "expert_tk"],
@@ -308,31 +349,36 @@ def test_what_an_override_cannot_ask_is_refused(options):
                 route(options, z, override=override)
         elif field == "top_k":
             if isinstance(options, SparseMixerV2 | GlobalTopK):
-                with pytest.raises(ValueError, match="5"):
-                    route(options, z, override=Override(top_k=5))
+                with pytest.raises(ValueError, match="9"):
+                    route(options, z, override=Override(top_k=9))
             routing = route(options, z, override=override)
-            assert gates(routing)[1].sum() == 2 * T and routing.expected_k == 2.0
+            assert routing.expected_k == 2.0
+            apart = oracles.without_condition(BATCH).sum()
+            apart *= isinstance(options, ProMoE)
+            if not getattr(options, "threshold_decay", 0):
+                assert gates(routing)[1].sum() == 2 * T - apart
 
 
 @everyone(DISCRETE)
 def test_the_bias_has_no_gradient_and_moves_no_probability(options):
     z = jnp.asarray(logits_for(options, seed=13), jnp.float32)
-    bias = jnp.linspace(-0.5, 0.5, E)
+    bias = jnp.linspace(-0.5, 0.5, z.shape[1])
 
     def total(bias):
         routing = route(options, z, state={"bias": bias})
-        values = (routing.weight_tk, routing.probs_te, routing.logits_te)
+        logits_te = routing.logits_te[:, : z.shape[1]]
+        values = (routing.weight_tk, routing.probs_te, logits_te)
         return sum(
             jnp.sum(v * jnp.cos(jnp.arange(v.size).reshape(v.shape))) for v in values
         )
 
-    np.testing.assert_array_equal(jax.grad(total)(bias), np.zeros(E))
+    np.testing.assert_array_equal(jax.grad(total)(bias), np.zeros(bias.shape))
     one, two = route(options, z), route(options, z, state={"bias": bias})
     np.testing.assert_array_equal(one.probs_te, two.probs_te)
     moved = (gates(one)[1] != gates(two)[1]).any()
     assert moved == isinstance(options, BIASED)
     # A constant shift of all biases is nothing, where its rounding decides nothing.
-    if isinstance(options, BIASED):
+    if isinstance(options, BIASED) and not state_of(options):
         shifted = route(options, z, state={"bias": bias + 1.0})
         np.testing.assert_array_equal(gates(shifted)[1], gates(two)[1])
 
@@ -343,7 +389,7 @@ OTHERS = Override(expert_mask=np.arange(E) != 5)
 @everyone([*DISCRETE, HASH])
 def test_extreme_logits_give_finite_weights_and_gradients(options):
     """Also where every score of a token underflows; the probabilities sum to 1."""
-    z = np.zeros((T, E), np.float32)
+    z = np.zeros((T, options.num_routed(E)), np.float32)
     z[0], z[1], z[2, 0], z[3, 0] = -500.0, 500.0, 500.0, -500.0
     z += np.random.default_rng(0).normal(size=z.shape).astype(np.float32)
 
@@ -363,7 +409,7 @@ def test_extreme_logits_give_finite_weights_and_gradients(options):
 
 @everyone(DISCRETE)
 def test_a_nan_is_not_hidden(options):
-    if isinstance(options, ExpertChoice | GlobalTopK):
+    if isinstance(options, ExpertChoice | GlobalTopK | ProMoEChoice | DiffMoE):
         pytest.skip("a token that loses is served by nobody; the losses show it")
     z = logits_for(options).astype(np.float32)
     z[4] = np.nan

@@ -27,7 +27,7 @@ def init_state(options: Balance, num_experts: int) -> dict[str, Array]:
 def update(
     options: Balance, state: Mapping[str, Array], observation: Observation
 ) -> dict[str, Array]:
-    """The state after an optimizer step: `b_e += u * error_e`.
+    """This part of the state after an optimizer step: `b_e += u * error_e`.
 
     With c the assignments and m their mean over the experts, the error is
     `sign(m - c_e)` (algorithm 1) or `(m - c_e) / m`.
@@ -37,11 +37,11 @@ def update(
       state: of one layer, or stacked on leading axes.
       observation: of the same layers, summed over the step's micro-batches.
     """
-    if not state:
+    name, _ = _STATE[options.bias_form]
+    if name not in state:
         return {}
     error = {"sign": _sign, "proportional": _relative}[options.bias_rule]
     step = options.bias_rate * error(observation.sums["assignments"])
-    name, _ = _STATE[options.bias_form]
     return {name: state[name] + step.astype(state[name].dtype)}
 
 

@@ -131,7 +131,7 @@ def with_step_load(
     return {
         **state,
         "step_load": observation.sums["load"],
-        "step_tokens": observation.count,
+        "step_tokens": observation.sums["tokens"],
     }
 
 

@@ -112,4 +112,5 @@ def observe(options: Balance, routing: Routing) -> Observation:
     sums = {"assignments": counts_per_expert(routing)}
     if options.global_weight:
         sums["load"] = load.counted(options, routing)
+        sums["tokens"] = jnp.sum(routing.valid_t, dtype=jnp.int32)
     return Observation(sums=sums, count=jnp.sum(routing.valid_t, dtype=jnp.int32))

@@ -110,16 +110,20 @@ class Balance(config.Node):
         if self.device_weight and (groups < 2 or num_experts % groups):
             yield (
                 f"{path}.balance.device_groups={groups}: must be at least 2 and divide "
-                f"num_experts={num_experts}; it takes one of "
+                f"the {num_experts} experts that are routed; it takes one of "
                 f"{config.divisors(num_experts)[1:]}"
             )
-        compares_logits = getattr(selector, "softmax", "before") == "after"
-        if self.bias_form == "multiplicative" and compares_logits:
-            yield (
-                f"{path}.balance.bias_form='multiplicative' with {path}.selector"
-                ".softmax='after': a factor raises positive scores only, and logits "
-                "are compared; set softmax='before' or bias_form='additive'"
-            )
+        for name, value, other in (
+            ("softmax", "after", "before"),
+            ("score", "identity", "sigmoid"),
+        ):
+            compares_logits = getattr(selector, name, "") == value
+            if self.bias_form == "multiplicative" and compares_logits:
+                yield (
+                    f"{path}.balance.bias_form='multiplicative' with {path}.selector."
+                    f"{name}={value!r}: a factor raises positive scores only, and "
+                    f"logits are compared; set {name}={other!r} or bias_form='additive'"
+                )
 
     @property
     def has_load_balance(self) -> bool:

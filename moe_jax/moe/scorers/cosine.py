@@ -25,6 +25,7 @@ class Cosine(config.ScorerConfig):
       proj_dim: width of the space in which they are compared; 0: that of the tokens,
         without a projection.
       temperature: its initial value.
+      learned: learn it; False: it stays (ProMoE, with temperature=1.0, proj_dim=0).
       min_temperature: it does not fall below.
       init_std: deviation of the initial weights.
       dtype: of the weights and the products.
@@ -32,6 +33,7 @@ class Cosine(config.ScorerConfig):
 
     proj_dim: int = 256
     temperature: float = 0.5
+    learned: bool = True
     min_temperature: float = 0.01
     init_std: float = 0.02
     dtype: str = "float32"
@@ -43,7 +45,12 @@ class Cosine(config.ScorerConfig):
         for name in ("temperature", "min_temperature", "init_std"):
             if getattr(self, name) <= 0:
                 yield f"{path}.{name}={getattr(self, name)}: must be positive"
-        if self.temperature < self.min_temperature:
+        if not self.learned and self.min_temperature != 0.01:
+            yield (
+                f"{path}.min_temperature={self.min_temperature} would be ignored: the "
+                "temperature is not learned; leave it out"
+            )
+        elif self.temperature < self.min_temperature:
             yield (
                 f"{path}.temperature={self.temperature} is below "
                 f"{path}.min_temperature={self.min_temperature}"
@@ -72,8 +79,12 @@ class CosineScorer(nnx.Module):
             self.w_proj = module.param(rngs, (d_model, width), axes, **normal)
         axes = (None if options.proj_dim else "embed", None)
         self.w = module.param(rngs, (width, num_experts), axes, **normal)
-        start = -math.log(options.temperature)
-        self.log_scale = module.param(rngs, (), (), value=start, dtype=options.dtype)
+        self.temperature = options.temperature
+        if options.learned:
+            start = -math.log(options.temperature)
+            self.log_scale = module.param(
+                rngs, (), (), value=start, dtype=options.dtype
+            )
 
     @staticmethod
     def init_carry(options: Cosine, num_tokens: int) -> None:
@@ -84,9 +95,15 @@ class CosineScorer(nnx.Module):
         self, tokens: Tokens, carry: None, key: jax.Array | None, mode: Mode
     ) -> tuple[Array, None]:
         """Returns logits (T, E)."""
-        x = tokens.features.astype(self.dtype)
-        if hasattr(self, "w_proj"):
-            x = x @ rules.whole(self.w_proj[...])
-        cosine_te = unit(x, axis=-1) @ unit(rules.whole(self.w[...]), axis=0)
+        cosine_te = self.cosines(tokens.features)
+        if not hasattr(self, "log_scale"):
+            return cosine_te / self.temperature, carry
         scale = jnp.exp(jnp.minimum(self.log_scale[...], self.largest))
         return cosine_te * scale, carry
+
+    def cosines(self, x: Array) -> Array:
+        """Cosines (..., E) of features (..., D) and the experts' embeddings."""
+        x = x.astype(self.dtype)
+        if hasattr(self, "w_proj"):
+            x = x @ rules.whole(self.w_proj[...])
+        return unit(x, axis=-1) @ unit(rules.whole(self.w[...]), axis=0)

@@ -1,11 +1,14 @@
 """What the selectors share: scores, overrides, weights, groups of tokens."""
 
-from collections.abc import Iterator, Mapping
+import fractions
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.routing import Array, Groups, Override, Tokens, biased
+from moe_jax.moe.routing import Array, Groups, Override, Routing, Tokens, biased
+
+ROUNDINGS = ("nearest", "down")
 
 # Below this, log(1 + e^x) is e^x in double precision too.
 _LOW = -40.0
@@ -34,11 +37,16 @@ SCORES = {
     "sigmoid": (jax.nn.sigmoid, jax.nn.log_sigmoid),
     "sqrt_softplus": (sqrt_softplus, _log_sqrt_softplus),
 }
+# Beside them: the logits themselves, of any sign. They have no share in a sum; the
+# probabilities for the losses are those of a softmax.
+RAW = {"identity": (lambda x: x, lambda x: x)}
 
 
-def score_problems(options, path: str) -> Iterator[str]:
-    if options.score not in SCORES:
-        yield f"{path}.score={options.score!r}: must be one of {list(SCORES)}"
+def score_problems(options, path: str, raw: bool = False) -> Iterator[str]:
+    """Problems of the field `score`; `raw`: whether it may be the logits."""
+    known = [*SCORES, *RAW] if raw else list(SCORES)
+    if options.score not in known:
+        yield f"{path}.score={options.score!r}: must be one of {known}"
 
 
 def least_problems(options, path: str, **least: float) -> Iterator[str]:
@@ -57,9 +65,19 @@ def one_expert_problems(options, path: str) -> Iterator[str]:
         )
 
 
-def group_problems(options, path: str) -> Iterator[str]:
-    if options.group not in ("sequence", "batch"):
-        yield f"{path}.group={options.group!r}: must be 'sequence' or 'batch'"
+def group_problems(options, path: str, field: str = "group") -> Iterator[str]:
+    value = getattr(options, field)
+    if value not in ("sequence", "batch"):
+        yield f"{path}.{field}={value!r}: must be 'sequence' or 'batch'"
+
+
+def capacity_problems(options, path: str, num_experts: int) -> Iterator[str]:
+    """Of experts that choose: none takes more tokens than there are."""
+    if options.capacity_factor > num_experts:
+        yield (
+            f"{path}.capacity_factor={options.capacity_factor}: an expert would take "
+            f"more tokens than there are; at most the {num_experts} experts"
+        )
 
 
 def groups(options, tokens: Tokens) -> Groups:
@@ -68,6 +86,50 @@ def groups(options, tokens: Tokens) -> Groups:
     return Groups(
         tokens.batch_shape, rows if options.group == "batch" else 1, positions
     )
+
+
+def portion(size: Array, factor: float, num_experts: int, rounding: str) -> Array:
+    """`size * factor / num_experts`, at least 1 and at most `size`; in integers.
+
+    Args:
+      size: int32.
+      factor: capacity factor, of which the nearest fraction over at most 100 is taken.
+      num_experts: E.
+      rounding: "nearest" (a half goes up) or "down".
+    """
+    share = fractions.Fraction(factor).limit_denominator(100) / num_experts
+    # Doubled, so that a half is whole; the quotient is taken apart, so that no product
+    # overflows.
+    above, below = 2 * share.numerator, 2 * share.denominator
+    half = share.denominator if rounding == "nearest" else 0
+    whole, rest = jnp.divmod(size, below)
+    return (whole * above + (rest * above + half) // below).clip(1, size)
+
+
+def rounding_problems(options, path: str) -> Iterator[str]:
+    if options.rounding not in ROUNDINGS:
+        yield f"{path}.rounding={options.rounding!r}: must be one of {ROUNDINGS}"
+
+
+def take_best(
+    choice_te: Array, tokens: Tokens, groups: Groups, number: Callable[[Array], Array]
+) -> Array:
+    """Expert choice, (T, E) bool: whether a token is among the best of its group.
+
+    Args:
+      choice_te: (T, E), what is compared; -inf is never taken.
+      tokens: padding is never taken.
+      groups: of the tokens.
+      number: valid tokens of the groups (G,) int32 to how many an expert takes, (G,)
+        or (G, E).
+    """
+    choice_te = jnp.where(tokens.valid[:, None], choice_te, -jnp.inf)
+    choice_gne = groups.split(choice_te)
+    size_g = jnp.sum(groups.split(tokens.valid), axis=1, dtype=jnp.int32)
+    taken = number(size_g)
+    taken_ge = taken if taken.ndim == 2 else taken[:, None]
+    chosen_gne = ranks(choice_gne, axis=1) < taken_ge[:, None]
+    return groups.join(chosen_gne & ~jnp.isneginf(choice_gne))
 
 
 def refuse(override: Override | None, selector: str, **reasons: str) -> None:
@@ -96,7 +158,7 @@ def pruned(values_te: Array, override: Override | None) -> Array:
 
 def scores_and_probs(score: str, logits_te: Array) -> tuple[Array, Array]:
     """The scores (T, E), and what they are divided by their sum, for the losses."""
-    value, logs = SCORES[score]
+    value, logs = (SCORES | RAW)[score]
     scores_te = value(logits_te)
     if score == "softmax":
         return scores_te, scores_te
@@ -182,6 +244,13 @@ def shares(score: str, logits_te: Array, expert_tk: Array, served_tk: Array) -> 
     served_tk = served_tk & ~jnp.isneginf(logs_tk)
     logs_tk = jnp.where(served_tk, logs_tk, jnp.finfo(logs_tk.dtype).min / 2)
     return jnp.where(served_tk, jax.nn.softmax(logs_tk, axis=-1), 0)
+
+
+def served(routing: Routing) -> Array:
+    """(T, E) bool: which experts serve which tokens."""
+    experts = jnp.arange(routing.num_experts, dtype=jnp.int32)
+    hit_tke = (routing.expert_tk[..., None] == experts) & routing.valid_tk[..., None]
+    return jnp.any(hit_tke, axis=1)
 
 
 def ranks(values: Array, axis: int) -> Array:

@@ -15,7 +15,8 @@ class ExpertChoice(config.SelectorConfig):
 
     Attributes:
       capacity_factor: experts per token on average, c; each expert takes c * N / E of
-        the N tokens of its group (without padding), rounded, at least one.
+        the N tokens of its group (without padding), at least one.
+      rounding: of that number, "nearest" or "down" (EC-DiT).
       group: tokens that compete: those of a "sequence" or of the whole "batch".
       score: "softmax", "sigmoid" or "sqrt_softplus"; the weight is the score.
       scale: factor on the weights.
@@ -23,6 +24,7 @@ class ExpertChoice(config.SelectorConfig):
 
     capacity_factor: float = 2.0
     group: str = "sequence"
+    rounding: str = "nearest"
     score: str = "softmax"
     scale: float = 1.0
 
@@ -32,15 +34,12 @@ class ExpertChoice(config.SelectorConfig):
     def problems(self, path, root):
         yield from common.group_problems(self, path)
         yield from common.score_problems(self, path)
+        yield from common.rounding_problems(self, path)
         if self.capacity_factor <= 0:
             yield f"{path}.capacity_factor={self.capacity_factor}: must be positive"
 
     def size_problems(self, path, num_experts):
-        if self.capacity_factor > num_experts:
-            yield (
-                f"{path}.capacity_factor={self.capacity_factor}: an expert would take "
-                f"more tokens than there are; at most the {num_experts} experts"
-            )
+        yield from common.capacity_problems(self, path, num_experts)
 
 
 def select(
@@ -69,8 +68,9 @@ def select(
     if common.replays(override):
         expert_tk, valid_tk = common.replayed(override)
     else:
-        valid_tk = _chosen(
-            options.capacity_factor / num_experts, choice_te, tokens, groups
+        share = options.capacity_factor, num_experts, options.rounding
+        valid_tk = common.take_best(
+            choice_te, tokens, groups, lambda size: common.portion(size, *share)
         )
         experts = jnp.arange(num_experts, dtype=jnp.int32)
         expert_tk = jnp.broadcast_to(experts, valid_tk.shape)
@@ -86,13 +86,3 @@ def select(
         expected_k=options.capacity_factor,
         group_t=groups.of_tokens(),
     )
-
-
-def _chosen(share, choice_te, tokens, groups) -> Array:
-    """(T, E) bool: the token is among the best `share` of its group's valid tokens."""
-    choice_te = jnp.where(tokens.valid[:, None], choice_te, -jnp.inf)
-    choice_gne = groups.split(choice_te)
-    size_g = jnp.sum(groups.split(tokens.valid), axis=1)
-    taken_g = jnp.floor(size_g * share + 0.5).clip(1, size_g)
-    chosen_gne = common.ranks(choice_gne, axis=1) < taken_g[:, None, None]
-    return groups.join(chosen_gne & ~jnp.isneginf(choice_gne))

@@ -98,7 +98,9 @@ def select(
     )
 
 
-def losses(options: TopP, routing: Routing) -> dict[str, Array]:
+def losses(
+    options: TopP, routing: Routing, tokens: Tokens, scorer: object
+) -> dict[str, Array]:
     """The weighted mean over tokens of `-sum_e p log p`, in nats."""
     if not options.entropy_weight:
         return {}

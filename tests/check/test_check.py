@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.check import compare, rows
+from moe_jax.check import compare
 from moe_jax.check import run as check_run
+from moe_jax.check.rows import random_batch
 from moe_jax.cli import check as command
 from moe_jax.cli import common, config_file
 from moe_jax.config import MeshConfig
@@ -198,7 +199,7 @@ def test_finds_drops_and_reports_ties(capsys):
         f"assignments dropped: {result.dropped[0]} on the mesh, "
         f"{result.dropped[1]} on one device. What is dropped depends on the layout"
     ) in lines
-    batch = rows.random_batch(tiny(), "float32")
+    batch = random_batch(tiny(), "float32")
     valid = int((batch["segments"] > 0).sum())
     assert result.near_ties == [valid, valid], "every token of both layers"
     assert f"near-ties in the top-k: {2 * valid} tokens" in lines
@@ -321,7 +322,7 @@ def test_prepared_batch_suits_all_meshes():
 
 def test_random_batch_is_packed_text():
     config = tiny()
-    batch = rows.random_batch(config, "float32")
+    batch = random_batch(config, "float32")
     shape = (config.train.batch_size, config.data.sequence_length)
     assert {a.shape for a in batch.values()} == {shape}
     several = False

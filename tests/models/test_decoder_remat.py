@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from decoding import STEPS, TOKENS, B, E, S, drawn, inputs, options
 
 from moe_jax.models import remat as remat_lib
@@ -12,6 +13,8 @@ from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import TRAIN
 from moe_jax.tree import named_leaves
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_remat_policies_give_the_same_gradients():

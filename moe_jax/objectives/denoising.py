@@ -105,12 +105,8 @@ class Denoising(config.ObjectiveConfig):
 
     def _mask_problems(self, mask: ByTime):
         """The mask's ends of time are those of the process."""
-        if list(self.process.problems("", None)):
-            return  # It says so itself.
-        process = make_process(self.process)
-        ends = jnp.array([0.0, 1.0], jnp.float32)
-        seen = process.network_time(process.from_noise_time(ends)).tolist()
-        if seen != [mask.data_time, mask.noise_time]:
+        seen = self.process.network_ends
+        if seen != (mask.data_time, mask.noise_time):
             yield (
                 f"config.model.input_mask.data_time={mask.data_time}, noise_time="
                 f"{mask.noise_time}: with config.objective.process="

@@ -1,4 +1,4 @@
-"""Held-out images: the loss by time, uses of experts, and samples, on several meshes."""
+"""Held-out images: loss by time, uses of experts, and samples, on several meshes."""
 
 import dataclasses
 import importlib.util

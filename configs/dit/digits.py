@@ -9,6 +9,7 @@ from moe_jax.config import CheckpointConfig, Config, TrainConfig
 from moe_jax.data.images.config import ImageDataConfig
 from moe_jax.data.images.sources.digits import Digits
 from moe_jax.diffusion.evaluation import ImageEvalConfig
+from moe_jax.diffusion.guidance import ClassifierFree
 from moe_jax.diffusion.processes.rectified_flow import RectifiedFlow
 from moe_jax.diffusion.times import LogitNormal
 from moe_jax.models.dit_config import DiT
@@ -44,11 +45,15 @@ def get_config():
             dtype="float32",
             remat="none",
         ),
-        objective=Denoising(process=RectifiedFlow(), times=LogitNormal()),
+        objective=Denoising(
+            process=RectifiedFlow(time_input="1000t"), times=LogitNormal()
+        ),
         data=ImageDataConfig(source=Digits(), validation_fraction=0.2),
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.0),
-        schedule=Constant(warmup_steps=100),
-        train=TrainConfig(steps=1500, batch_size=128, ema_decay=0.995),
-        eval=ImageEvalConfig(every=500, samples=100, judged=1000),
-        checkpoint=CheckpointConfig(every=500),
+        schedule=Constant(warmup_steps=50),
+        train=TrainConfig(steps=600, batch_size=64, ema_decay=0.99),
+        eval=ImageEvalConfig(
+            every=200, samples=100, judged=1000, guidance=ClassifierFree(scale=2.0)
+        ),
+        checkpoint=CheckpointConfig(every=200),
     )

@@ -39,7 +39,7 @@ ACTIVE = 4 * D_MODEL
 def get_config(variant: str = "dit_moe") -> Config:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: must be one of {VARIANTS}")
-    mask = TaskRouting(data_time=0.0, noise_time=1.0) if variant == "dtr" else None
+    mask = TaskRouting(data_time=0.0, noise_time=1000.0) if variant == "dtr" else None
     return Config(
         model=DiT(
             image_size=28,
@@ -55,11 +55,13 @@ def get_config(variant: str = "dit_moe") -> Config:
             dtype="float32",
             remat="none",
         ),
-        objective=Denoising(process=RectifiedFlow(), times=LogitNormal()),
+        objective=Denoising(
+            process=RectifiedFlow(time_input="1000t"), times=LogitNormal()
+        ),
         data=ImageDataConfig(source=Idx(), validation_fraction=0.1),
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.0),
         schedule=Constant(warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, ema_decay=0.995),
+        train=TrainConfig(steps=1000, batch_size=64, ema_decay=0.99),
         eval=ImageEvalConfig(
             samples=80, judged=1000, guidance=ClassifierFree(scale=2.0)
         ),

@@ -100,7 +100,7 @@ def positions():
                 angle = place * 10000 ** (-i / (D // 4))
                 found[0, n, half * D // 2 + i] = np.sin(angle)
                 found[0, n, half * D // 2 + D // 4 + i] = np.cos(angle)
-    return found.astype(np.float32)
+    return found
 
 
 def tensors(moe=True, flash=False):
@@ -123,7 +123,7 @@ def tensors(moe=True, flash=False):
     rng = np.random.default_rng(3)
     drawn = {n: 0.2 * rng.normal(size=s) for n, s in shapes.items()}
     made = {n: value.astype(np.float32) for n, value in drawn.items()}
-    return {"pos_embed": positions()} | made
+    return {"pos_embed": positions().astype(np.float32)} | made
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from moe_jax import config
 from moe_jax.cli import config_file
+from moe_jax.errors import UserError
 from moe_jax.models import build
 from moe_jax.models.dit_config import SIZES
 from moe_jax.moe.layer import MoE
@@ -26,7 +27,7 @@ PUBLISHED = {
 }
 SWITCH = {"switch_dit_s2": "S", "switch_dit_b2": "B", "switch_dit_l2": "L"}
 SWITCH |= {"switch_dit_xl2": "XL"}
-OTHERS = {"digits", "diffmoe_l2_imagenet256"}
+OTHERS = {"digits", "mnist", "diffmoe_l2_imagenet256"}
 
 
 def load(name):
@@ -46,7 +47,7 @@ def test_every_file_is_here():
 def test_the_config_is_valid_and_says_its_size(name):
     made = load(name)
     config.validate(made)
-    if name == "digits":
+    if not name.endswith("imagenet256"):
         return
     text = (FOLDER / f"{name}.py").read_text()
     for count in build(made.model).count_parameters():
@@ -117,3 +118,10 @@ def test_diffmoe_activates_what_a_dense_model_has():
     of = lambda e: layers * attended(d) + layers // 2 * (unit + e * unit + router)
     counts = build(made).count_parameters()
     assert list(counts) == [of(e) + outside("L", 4) for e in (16, 1)]
+
+
+def test_latents_are_no_pictures():
+    made = load("dit_moe_s2_imagenet256")
+    made.eval.samples = 4
+    with pytest.raises(UserError, match="samples=4: a picture shows 1 or 3 channels"):
+        config.validate(made)

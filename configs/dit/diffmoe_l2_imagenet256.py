@@ -6,9 +6,7 @@ feed-forward, take their best patches of the whole batch. Rectified flow, data a
 
 from configs.dit import dit_moe_s2_imagenet256 as base
 from moe_jax.config import Config
-from moe_jax.diffusion.guidance import Unguided
 from moe_jax.diffusion.processes.rectified_flow import RectifiedFlow
-from moe_jax.diffusion.samplers.euler import Euler
 from moe_jax.models.dit_config import SIZES
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.auto import Auto
@@ -35,6 +33,4 @@ def get_config() -> Config:
     )
     config.objective = Denoising(process=RectifiedFlow(direction="data_at_1"))
     config.train.steps = 700_000
-    config.eval.sampler = Euler(steps=250)
-    config.eval.guidance = Unguided()
     return config

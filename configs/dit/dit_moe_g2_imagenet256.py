@@ -15,4 +15,5 @@ def get_config() -> Config:
     """16.50 billion parameters, 3.18 billion of them active for a patch."""
     config = base.sized("G", num_experts=16)
     config.mesh = MeshConfig(fsdp=4, expert=4)
+    config.train.batch_size = 1024
     return config

@@ -4,16 +4,18 @@
       --config.data.source.images=latents.npy --config.data.source.labels=labels.npy
 
 12 layers, width 384, 6 heads, patches of 2 x 2; 8 experts of width 1536 of which 2
-serve a patch, shared ones of 768 together. DDPM with a learned variance, as in DiT.
+serve a patch, shared ones of 768 together. DDPM with a learned variance, as in DiT. The
+published sampler, whose latents a decoder is still to turn into images:
+
+  moe-jax sample --workdir=runs/s2 --sampler=ddpm --steps=250 --guidance=1.5 \
+      --guided_channels=3 --npz=latents.npz --out=''
 """
 
 from moe_jax.config import CheckpointConfig, Config, MeshConfig, TrainConfig
 from moe_jax.data.images.config import ImageDataConfig
 from moe_jax.data.images.sources.latents import Latents
 from moe_jax.diffusion.evaluation import ImageEvalConfig
-from moe_jax.diffusion.guidance import ClassifierFree
 from moe_jax.diffusion.processes.variance_preserving import VariancePreserving
-from moe_jax.diffusion.samplers.ddpm import DDPM
 from moe_jax.models.dit_config import SIZES, DiT
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.auto import Auto
@@ -58,13 +60,7 @@ def sized(size: str, num_experts: int = 8) -> Config:
         optimizer=AdamW(learning_rate=1e-4, b2=0.999, weight_decay=0.0, clip_norm=0.0),
         schedule=Constant(),
         train=TrainConfig(steps=400_000, batch_size=256, ema_decay=0.9999),
-        eval=ImageEvalConfig(
-            every=10_000,
-            samples=16,
-            sampler=DDPM(steps=250),
-            # The published sampler guides three of the four channels.
-            guidance=ClassifierFree(scale=1.5, channels=3),
-        ),
+        eval=ImageEvalConfig(every=10_000),
         checkpoint=CheckpointConfig(every=10_000),
         mesh=MeshConfig(),
     )

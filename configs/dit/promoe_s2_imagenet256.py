@@ -7,9 +7,7 @@ The published network has further channels, which its loss leaves out; here it h
 
 from configs.dit import dit_moe_s2_imagenet256 as base
 from moe_jax.config import Config
-from moe_jax.diffusion.guidance import ClassifierFree
 from moe_jax.diffusion.processes.rectified_flow import RectifiedFlow
-from moe_jax.diffusion.samplers.euler import Euler
 from moe_jax.diffusion.times import LogitNormal
 from moe_jax.models.dit_config import SIZES
 from moe_jax.moe.balance import Balance
@@ -45,8 +43,6 @@ def sized(size: str) -> Config:
     )
     config.optimizer.clip_norm = 0.5
     config.train.steps = 500_000
-    config.eval.sampler = Euler(steps=250)
-    config.eval.guidance = ClassifierFree(scale=1.5)
     return config
 
 

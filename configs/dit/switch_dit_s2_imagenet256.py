@@ -1,12 +1,11 @@
 """Switch-DiT-S/2 (Park et al. 2024, arXiv:2403.09176) on latents of 256 x 256 pixels.
 
 12 layers, width 384, 6 heads, dense; what enters a block is masked by 2 of 3 linear
-experts that the time chooses. Cosine schedule, all channels guided.
+experts that the time chooses. Cosine schedule; its guidance was of all channels.
 """
 
 from configs.dit import dit_moe_s2_imagenet256 as base
 from moe_jax.config import Config
-from moe_jax.diffusion.guidance import ClassifierFree
 from moe_jax.models.dit_config import SIZES, mlp
 from moe_jax.models.masks.switch_dit import SwitchDiT
 
@@ -18,7 +17,6 @@ def sized(size: str) -> Config:
     config.model.input_mask = SwitchDiT(num_experts=3, top_k=2, prior_weight=1.0)
     config.model.qk_norm = "none"
     config.objective.process.schedule = "cosine"
-    config.eval.guidance = ClassifierFree(scale=1.5)
     return config
 
 

@@ -2,7 +2,7 @@
 
 Example:
   moe-jax convert from-dit --file=model.safetensors --workdir=runs/s --config=my.py
-  moe-jax sample --workdir=runs/s
+  moe-jax sample --workdir=runs/s --npz=latents.npz --out=''
 
 The file holds weights alone, under the names of the authors' code; the model and all
 else come from --config, and the file is held to it. A .pt file becomes one by `moe-jax
@@ -50,9 +50,11 @@ def main() -> int:
     common.start_hosts(config)
     say = lambda line: print(line, flush=True) if distributed.is_primary() else None
     from_dit.convert(tensors, config, request, say)
+    pixels = config.model.in_channels in (1, 3)
+    files = "" if pixels else " --npz=latents.npz --out=''"
     say(
         f"{FLAGS.workdir} is ready; next, try\n"
-        f"  moe-jax sample --workdir={FLAGS.workdir}\n"
+        f"  moe-jax sample --workdir={FLAGS.workdir}{files}\n"
         f"  moe-jax train --workdir={FLAGS.workdir}"
     )
     return 0

@@ -44,6 +44,14 @@ def compile_anew(compilation_cache):
     return make
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose programs run for milliseconds and are judged by values."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def float64():
     """The test runs in double precision; all others stay in single."""

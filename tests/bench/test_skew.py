@@ -22,12 +22,7 @@ LAYER = Layer(tokens=128, d_model=8, d_ff=8, num_experts=8, top_k=2)
 SMALL = MeshConfig(data=1, expert=2, context=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,7 @@ from moe_jax.cli import main
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

@@ -6,75 +6,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_numpy import by_hand
+from decoding import (
+    PACKED,
+    RNG,
+    STEPS,
+    TOKENS,
+    B,
+    D,
+    E,
+    F,
+    G,
+    H,
+    S,
+    V,
+    W,
+    drawn,
+    inputs,
+    options,
+)
 
-from moe_jax import config
-from moe_jax.models import build
-from moe_jax.models import remat as remat_lib
-from moe_jax.models.base import TokenInputs
 from moe_jax.models.decoder import DecoderModel
-from moe_jax.models.decoder_config import Decoder, segments_of
-from moe_jax.models.segments import Kind, Segment
-from moe_jax.moe.balance import Balance
-from moe_jax.moe.dispatch.dense import DenseDispatch
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
-from moe_jax.moe.routing import EVAL, TRAIN, Observation, Override
-from moe_jax.moe.scorers.linear import Linear
-from moe_jax.moe.selectors.top_k import TopK
+from moe_jax.moe.routing import EVAL, Observation, Override
 from moe_jax.nn.feedforward import Dense
-from moe_jax.nn.rope import Rope
 from moe_jax.tree import named_leaves
-
-V, D, H, G, W, F, E, B, S = 32, 16, 4, 2, 4, 24, 4, 2, 12
-
-
-def options(**fields):
-    """Six blocks: dense, (dense, MoE) twice, dense."""
-    moe = MoE(
-        num_experts=E,
-        experts=ExpertFeedForward(d_ff=F),
-        scorer=Linear(init_std=0.5),
-        shared_d_ff=6,
-        balance=Balance(bias_rate=0.1),
-        first_dense=1,
-        every=2,
-        dense_d_ff=20,
-    )
-    fields = {
-        "vocab_size": V,
-        "num_layers": 6,
-        "d_model": D,
-        "num_heads": H,
-        "num_kv_heads": G,
-        "feed_forward": moe,
-        "qk_norm": "head",
-        "rope": Rope(theta=100.0),
-        "init_std": 0.3,
-        "dtype": "float32",
-        "remat": "none",
-        **fields,
-    }
-    return Decoder(**fields)
-
-
-def inputs(tokens, positions, segments):
-    as_int = lambda a: jnp.asarray(np.array(a), jnp.int32)
-    return TokenInputs(
-        tokens=as_int(tokens), positions=as_int(positions), segments=as_int(segments)
-    )
-
-
-def drawn(model):
-    """Weights by numpy, which compiles nothing; norm scales around one."""
-    rng = np.random.default_rng(5)
-
-    def draw(path, leaf):
-        w = rng.normal(size=leaf.shape) * 0.3
-        w = 1 + w if path[-1].key == "scale" else w
-        return jnp.asarray(w, leaf.dtype)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 class Ready:
@@ -103,86 +60,6 @@ class Ready:
 @pytest.fixture(scope="module")
 def ready():
     return Ready(options())
-
-
-RNG = np.random.default_rng(0)
-TOKENS = RNG.integers(0, V, (B, S))
-STEPS = np.tile(np.arange(S), (B, 1))
-PACKED = inputs(
-    TOKENS,
-    [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0], list(range(12))],
-    [[1] * 4 + [2] * 5 + [0] * 3, [1] * 12],
-)
-
-
-def by_hand(params, given):
-    """The whole model in numpy, in double precision, one token at a time."""
-    params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-    tokens, positions, segments = (
-        np.asarray(a) for a in (given.tokens, given.positions, given.segments)
-    )
-
-    def norm(x, scale):
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
-
-    def turn(x, position):
-        half = W // 2
-        z = x[:half] + 1j * x[half:]
-        z = z * np.exp(1j * position * 100.0 ** (-np.arange(half) / half))
-        return np.concatenate([z.real, z.imag])
-
-    def gated(w, x):
-        gate = x @ w["w_gate"]
-        return (gate / (1 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
-
-    def attend(w, x, b):
-        out = np.zeros((S, D))
-        q, k, v = (np.einsum("sd,dhk->shk", x, w[n]) for n in ("w_q", "w_k", "w_v"))
-        for s, h in np.ndindex(S, H):
-            sees = [
-                m
-                for m in range(S)
-                if segments[b, m] == segments[b, s]
-                and positions[b, m] <= positions[b, s]
-            ]
-            query = turn(norm(q[s, h], w["q_norm"]["scale"]), positions[b, s])
-            scores = [
-                query
-                @ turn(norm(k[m, h // 2], w["k_norm"]["scale"]), positions[b, m])
-                / np.sqrt(W)
-                for m in sees
-            ]
-            share = np.exp(scores) / np.exp(scores).sum()
-            out[s] += share @ v[sees, h // 2] @ w["w_o"][h]
-        return out
-
-    def mixture(w, x):
-        scores = np.exp(x @ w["scorer"]["w"])
-        chosen = np.argsort(-scores)[:2]
-        y = gated(w["shared"], x)
-        for e in chosen:
-            one = {name: stacked[e] for name, stacked in w["experts"].items()}
-            y = y + scores[e] / scores[chosen].sum() * gated(one, x)
-        return y
-
-    layer = lambda name, block, i: jax.tree.map(lambda w: w[i], params[name][block])
-    blocks = [layer("segment_0", "block_0", 0)]
-    for i in range(2):
-        blocks += [layer("segment_1", "block_0", i), layer("segment_1", "block_1", i)]
-    blocks.append(layer("segment_2", "block_0", 0))
-    logits = np.zeros((B, S, V))
-    for b in range(B):
-        x = params["embedding"][tokens[b]]
-        for w in blocks:
-            normed = norm(x, w["attention_norm"]["scale"])
-            x = x + attend(w["attention"], normed, b)
-            normed = norm(x, w["feed_forward_norm"]["scale"])
-            if "moe" in w:
-                x = x + np.stack([mixture(w["moe"], row) for row in normed])
-            else:
-                x = x + gated(w["feed_forward"], normed)
-        logits[b] = norm(x, params["norm"]["scale"]) @ params["embedding"].T
-    return logits
 
 
 def test_logits_match_numpy(ready):
@@ -283,119 +160,6 @@ def test_router_state_is_used_and_updated_by_layer(ready):
     )
 
 
-def test_remat_policies_give_the_same_gradients():
-    moe = MoE(
-        num_experts=E,
-        experts=ExpertFeedForward(d_ff=8),
-        dispatch=DenseDispatch(),  # The one that compiles fastest.
-    )
-    given = inputs(TOKENS, STEPS, np.ones((B, S)))
-    grads, compiled = {}, {}
-    remats = ("none", "full", "dots", *remat_lib.NAMES, "+".join(remat_lib.NAMES))
-    for remat in remats:
-        model = DecoderModel(options(num_layers=2, feed_forward=moe, remat=remat))
-
-        def value(params, model=model):
-            hidden, _, aux = model.apply(
-                params, {"segment_0": {"block_0": {}}}, given, key=None, mode=TRAIN
-            )
-            total = jnp.mean(jnp.square(model.logits(params, hidden)))
-            return total + sum(jnp.sum(one) for one in aux.losses.values())
-
-        params = drawn(model)
-        traced = jax.jit(jax.grad(value)).trace(params)
-        compiled[remat] = str(traced.jaxpr)
-        grads[remat] = named_leaves(traced.lower().compile()(params))
-    for remat in remats:
-        for name, grad in grads[remat].items():
-            np.testing.assert_allclose(
-                grad, grads["none"][name], rtol=1e-3, atol=1e-6, err_msg=name
-            )
-            assert np.abs(grad).max() > 0, name
-    dots = {remat: text.count("dot_general") for remat, text in compiled.items()}
-    assert dots["none"] < dots["dots"] <= dots["full"]
-    for remat in ("attention", "projections", "hidden"):
-        assert dots["+".join(remat_lib.NAMES)] < dots[remat] < dots["full"], remat
-
-
-def test_policies_in_turn_change_no_number():
-    """Outputs keep the order of the layers; the parameters lie as before."""
-    given = inputs(TOKENS, STEPS, np.ones((B, S)))
-    found = {}
-    for remat in ("none", "full,none"):
-        # Blocks: dense, and twice (dense, MoE).
-        model = DecoderModel(options(num_layers=5, remat=remat))
-        model.options.feed_forward.dispatch = DenseDispatch()
-        params, state = drawn(model), model.init_router_state()
-
-        def value(params, model=model, state=state):
-            hidden, seen, aux = model.apply(params, state, given, key=None, mode=TRAIN)
-            total = jnp.sum(jnp.sin(hidden))
-            return total + sum(map(jnp.sum, aux.losses.values())), (seen, aux)
-
-        found[remat] = jax.jit(jax.grad(value, has_aux=True))(params)
-    (want, sums), (got, new) = found.values()
-    for name, grad in named_leaves(want).items():
-        np.testing.assert_allclose(
-            named_leaves(got)[name], grad, rtol=1e-3, atol=1e-5, err_msg=name
-        )
-    new = named_leaves(new)
-    for name, value in named_leaves(sums).items():
-        np.testing.assert_allclose(new[name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("layers", "fields", "want"),
-    [
-        (3, {}, [((True,), 3, 0, 0)]),
-        (3, dict(first_dense=1), [((False,), 1, 0, 0), ((True,), 2, 1, 0)]),
-        (4, dict(every=2), [((False, True), 2, 0, 0)]),
-        (5, dict(every=2), [((False, True), 2, 0, 0), ((False,), 1, 4, 2)]),
-        (
-            9,
-            dict(first_dense=1, every=3),
-            [((False,), 1, 0, 0), ((False, False, True), 2, 1, 0), ((False,), 2, 7, 2)],
-        ),
-    ],
-)
-def test_segments(layers, fields, want):
-    dense = 8 if fields else 0
-    made = options(num_layers=layers, feed_forward=MoE(dense_d_ff=dense, **fields))
-    of = lambda moe, *rest: Segment(tuple(map(Kind, moe)), *rest)
-    assert segments_of(made) == tuple(of(*one) for one in want)
-
-
-def test_segments_with_windows():
-    """Every other block sees all; what does not repeat is a run of its own."""
-    dense, moe = Kind(False, 4), Kind(True, 4)
-    every = dict(window=4, full_attention_every=2)
-    made = options(num_layers=5, feed_forward=MoE(), **every)
-    both = (moe, Kind(True, 0))
-    assert segments_of(made) == (Segment(both, 2, 0, 0), Segment((moe,), 1, 4, 4))
-    ff = MoE(first_dense=1, dense_d_ff=8)
-    made = options(num_layers=5, feed_forward=ff, **every)
-    assert made.windows() == (4, 0, 4, 0, 4)
-    assert segments_of(made) == (
-        Segment((dense,), 1, 0, 0),
-        Segment((Kind(True, 0), moe), 2, 1, 0),
-    )
-    ff = MoE(every=3, dense_d_ff=8)
-    made = options(num_layers=6, feed_forward=ff, window=4, full_attention_every=2)
-    (only,) = segments_of(made)
-    assert [kind.window for kind in only.blocks] == [4, 0, 4, 0, 4, 0]
-    assert [kind.moe for kind in only.blocks] == [False, False, True] * 2
-    made = options(feed_forward=Dense(d_ff=F), window=3)
-    assert segments_of(made) == (Segment((Kind(False, 3),), 6, 0, 0),)
-
-
-def test_a_dense_model_is_one_segment():
-    made = options(feed_forward=Dense(d_ff=F))
-    assert segments_of(made) == (Segment((Kind(False),), 6, 0, 0),)
-    model = build(made)
-    assert isinstance(model, DecoderModel) and model.num_moe_layers == 0
-    assert model.init_router_state() == {}
-
-
 # Matrices of one block, by hand.
 ATTENTION = D * H * W + 2 * D * G * W + H * W * D
 EXPERT = 3 * D * F
@@ -468,65 +232,3 @@ def test_axes_mirror_the_parameters():
     for name, leaf in shapes.items():
         assert len(axes[name]) == leaf.ndim, name
         assert (axes[name][0] is None) == ("segment" in name or "scale" in name)
-
-
-@pytest.mark.parametrize(
-    ("fields", "mesh", "words"),
-    [
-        ({}, {}, ""),
-        (dict(num_layers=0), {}, "num_layers=0: must be at least 1"),
-        (dict(num_heads=3), {}, "d_model=16 is not divisible"),
-        (dict(num_kv_heads=3), {}, "num_kv_heads=3"),
-        (dict(head_dim=3), {}, "head_dim=3: rotary positions turn pairs"),
-        (dict(remat="some"), {}, "remat='some': 'some' is not known"),
-        (dict(remat="hidden+dots"), {}, "'dots' is not known"),
-        (dict(remat="hidden+attention"), {}, ""),
-        # Runs of one, twice two, and one block.
-        (dict(remat="hidden+attention,none"), {}, ""),
-        (dict(remat="full,some"), {}, "'some' is not known"),
-        (dict(remat="full,"), {}, "'' is not known"),
-        (dict(remat="full,none,none"), {}, ""),
-        (
-            dict(remat="full,none,none", feed_forward=Dense(d_ff=8), num_layers=4),
-            {},
-            "the run of 4 blocks from block 0 on is not a multiple; their number "
-            "takes one of [1, 2, 4]",
-        ),
-        (
-            dict(remat="exchanges", feed_forward=Dense(d_ff=8)),
-            {},
-            "there are no experts, so nothing is exchanged",
-        ),
-        (dict(remat="exchanges"), {}, ""),
-        (dict(dtype="float8"), {}, "dtype='float8'"),
-        (dict(num_kv_heads=-1), {}, "must not be negative"),
-        (dict(norm="batch"), {}, "norm='batch': must be one of ['layer', 'rms']"),
-        (dict(logit_softcap=-1.0), {}, "logit_softcap=-1.0: must not be negative"),
-        (dict(mtp=-1), {}, "mtp=-1: must not be negative"),
-        (dict(full_attention_every=2), {}, "full_attention_every=2 would be ignored"),
-        (dict(window=3, full_attention_every=1), {}, "must be 0, or at least 2"),
-        (dict(num_layers=1), {}, "leaves no block for experts"),
-        (dict(num_layers=2), {}, "leaves no block for experts"),
-        ({}, dict(fsdp=3), "d_model=16 is not divisible by config.mesh.fsdp"),
-        (dict(vocab_size=33), dict(tensor=2), "vocab_size=33 is not divisible"),
-        (dict(num_kv_heads=1), dict(tensor=2), "num_kv_heads=1 is not divisible"),
-    ],
-)
-def test_problems(fields, mesh, words):
-    root = config.Config(mesh=config.MeshConfig(**mesh))
-    found = list(options(**fields).problems("config.model", root))
-    if words:
-        assert any(words in one for one in found), found
-    else:
-        assert found == []
-
-
-def test_a_shrunk_model_is_of_the_same_kind():
-    big = options(d_model=512, num_heads=32, num_kv_heads=8, head_dim=16, num_layers=30)
-    big.feed_forward.selector = TopK(top_k=3)
-    small = big.shrunk()
-    assert small.num_heads // small.kv_heads == 4
-    assert small.feed_forward.selector.top_k == 3 and small.num_layers == 5
-    assert segments_of(small)[1].blocks == (Kind(False), Kind(True))
-    assert list(small.problems("config.model", config.Config())) == []
-    assert big.num_layers == 30 and big.feed_forward.experts.d_ff == F

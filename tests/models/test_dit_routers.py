@@ -19,12 +19,7 @@ from moe_jax.tree import named_leaves
 TOKENS = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def model_of(selector, scorer, **fields):

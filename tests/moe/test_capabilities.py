@@ -1,24 +1,20 @@
 """What combines with what: every refusal with its reason, and nothing else refused."""
 
 import dataclasses
-import itertools
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_selectors import ASIDE, VALID, logits_for, route, tokens_of
+from capable import CHOOSING, CONTINUOUS, NONCAUSAL, make, problems
+from selecting import ASIDE, logits_for, route
 
 from moe_jax import config
 from moe_jax.models.decoder_config import Decoder
 from moe_jax.models.dit_config import DiT
 from moe_jax.moe import capabilities
-from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.bucket import Bucket
 from moe_jax.moe.dispatch.dense import DenseDispatch
-from moe_jax.moe.experts.feed_forward import ExpertFeedForward
-from moe_jax.moe.layer import MoE, MoELayer
+from moe_jax.moe.layer import MoE
 from moe_jax.moe.noises import NOISES
 from moe_jax.moe.noises.epsilon_greedy import EpsilonGreedy
 from moe_jax.moe.noises.gaussian import Gaussian
@@ -29,7 +25,7 @@ from moe_jax.moe.routing import Mixing
 from moe_jax.moe.scorers import SCORERS
 from moe_jax.moe.scorers.cosine import Cosine
 from moe_jax.moe.scorers.no_scores import NoScores
-from moe_jax.moe.selectors import SELECTORS, top_p
+from moe_jax.moe.selectors import SELECTORS
 from moe_jax.moe.selectors.diff_moe import DiffMoE
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.global_top_k import GlobalTopK
@@ -42,42 +38,7 @@ from moe_jax.moe.selectors.sparse_mixer import SparseMixer
 from moe_jax.moe.selectors.sparse_mixer_v2 import SparseMixerV2
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.moe.selectors.top_p import TopP
-from moe_jax.nn.module import Template
 from moe_jax.objectives.next_token import NextToken
-
-SMALL = {GroupLimited: dict(top_k=3, num_groups=4, top_groups=2)}
-SMALL[MixtureOfTokens] = dict(group_size=2)
-CONTINUOUS = (SoftMoE, MixtureOfTokens)
-CHOOSING = (ExpertChoice, DiffMoE, ProMoEChoice)
-NONCAUSAL = (*CHOOSING, GlobalTopK, SoftMoE)
-SILENT = dict(load_balance_weight=0.0, z_weight=0.0)
-
-
-def make(selector, **fields):
-    """A layer with this selector that nothing is to be said against."""
-    options = selector(**SMALL.get(selector, {}))
-    weights = {}
-    if selector in ASIDE:
-        fields = {"scorer": Cosine(), **fields}
-    if selector in (*CONTINUOUS, *CHOOSING):
-        weights = dict(load_balance_weight=0.0)
-    if selector is Hash:
-        fields = {"scorer": NoScores(), **fields}
-        weights = dict(SILENT)
-    weights |= fields.pop("balance", {})
-    return MoE(
-        num_experts=8,
-        experts=ExpertFeedForward(d_ff=8),
-        selector=options,
-        balance=Balance(**weights),
-        **fields,
-    )
-
-
-def problems(moe):
-    root = config.Config()
-    root.train.batch_size = 32
-    return list(config.all_problems(moe, "config.ff", root))
 
 
 def test_the_table_names_every_selector():
@@ -299,93 +260,6 @@ def test_groups_of_rows_fit_the_shards():
     assert Decoder(feed_forward=moe).rows_together() == 1
 
 
-ONE_EXPERT = [
-    TopK(top_k=1, renormalize=False),
-    TopK(top_k=1, renormalize=False, score="sigmoid"),
-    GroupLimited(top_k=1, num_groups=4, top_groups=2, renormalize=False),
-    TopP(k_max=1, expected_k=1.0),
-    GlobalTopK(top_k=1, k_max=1),
-    SparseMixerV2(top_k=1, eps=0.5),
-]
-
-
-@pytest.mark.parametrize("options", ONE_EXPERT, ids=str)
-def test_one_expert_teaches_its_router(options):
-    """A softmax over the one that was chosen is 1 whatever the score: no gradient."""
-    z = jnp.asarray(logits_for(options), jnp.float32)
-    total = lambda z: jnp.sum(route(options, z).weight_tk)
-    assert np.abs(jax.grad(total)(z)).max() > 1e-3
-
-
-def test_work_and_active_parameters_follow_the_selector():
-    served = {
-        TopK: (2.0, 2.0),
-        GroupLimited: (3.0, 3.0),
-        TopP: (2.0, 2.0),
-        Hash: (1.0, 1.0),
-        ExpertChoice: (2.0, 2.0),
-        SparseMixer: (1.0, 1.0),
-        SparseMixerV2: (2.0, 2.0),
-        GlobalTopK: (2.0, 2.0),
-        ProMoE: (1.0, 1.0),
-        ProMoEChoice: (1.0, 1.0),
-        DiffMoE: (1.0, 1.0),
-        SoftMoE: (8.0, 8 / 64),
-        MixtureOfTokens: (8.0, 8 / 2),
-    }
-    for selector in SELECTORS:
-        options = make(selector).selector
-        pair = (options.experts_per_token(8), options.experts_per_token(8, 64))
-        assert pair == served[selector]
-
-
-def test_the_layer_carries_noise_entropy_and_scale():
-    """Every selector and noise that combine go through the layer as they stand."""
-    for selector, noise in itertools.product(SELECTORS, [None, *NOISES]):
-        moe = make(selector, noise=noise and noise(), output_scale=noise is None)
-        if problems(moe):
-            continue
-        made = Template(lambda rngs, m=moe: MoELayer(6, m, rngs=rngs))
-        weights = jax.eval_shape(made.init, jax.random.key(0))
-        assert ("output_scale" in weights) == (noise is None)
-        assert ("noise" in weights) == (noise is LearnedGaussian)
-        x = jax.ShapeDtypeStruct((2, 8, 6), jnp.bfloat16)
-        ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-        split = lambda a: a.reshape(2, 8, *a.shape[1:])
-        told = jax.tree.map(split, tokens_of(batch=(2, 8)).condition)
-        given = dict(condition=told, key=jax.random.key(0))
-        y, _, aux = jax.eval_shape(
-            lambda w, x, ids, made=made, given=given: made.bind(w)(
-                x, token_ids=ids, **given
-            ),
-            weights,
-            x,
-            ids,
-        )
-        assert y.shape == x.shape and y.dtype == x.dtype
-        assert ("top_p_entropy_loss" in aux.losses) == (selector is TopP)
-        assert ("contrastive_loss" in aux.losses) == (selector in ASIDE)
-        assert ("capacity_predictor_loss" in aux.losses) == (selector is DiffMoE)
-        assert all(v.dtype == jnp.float32 for v in aux.losses.values())
-
-
-def test_the_scale_multiplies_the_routed_experts():
-    moe = make(TopK, output_scale=True)
-    moe.shared_d_ff = 4
-    made = Template(lambda rngs: MoELayer(6, moe, rngs=rngs))
-    shapes = jax.eval_shape(made.init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    weights = jax.tree.map(lambda a: rng.normal(size=a.shape).astype("f4"), shapes)
-    run = jax.jit(lambda w, x: made.bind(w)(x)[0])
-    x = rng.normal(size=(2, 8, 6)).astype("f4")
-    scaled = run(weights, x)
-    shared = run({**weights, "output_scale": np.zeros(6, "f4")}, x)
-    plain = run({**weights, "output_scale": np.ones(6, "f4")}, x)
-    want = shared + (plain - shared) * weights["output_scale"]
-    np.testing.assert_allclose(scaled, want, rtol=1e-4, atol=1e-5)
-    assert np.abs(shared).max() > 0.1
-
-
 def of_model(model):
     """What is said of images without condition."""
     found = model.problems("config.model", config.Config())
@@ -414,22 +288,3 @@ def test_raw_scores_take_no_factor():
         assert "a factor raises positive scores only" in problem
         moe.selector.score = "sigmoid"
         assert problems(moe) == []
-
-
-def test_the_entropy_loss_by_hand(float64):
-    """Uniform over E: log E; its gradient reaches the scorer."""
-    options = TopP(entropy_weight=0.5)
-    flat = route(options, np.zeros((24, 8)))
-    found = top_p.losses(options, flat, None, None)["top_p_entropy_loss"]
-    np.testing.assert_allclose(found, 0.5 * np.log(8), rtol=1e-12)
-    z = logits_for(options)
-    probs = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-    want = -0.5 * (probs * np.log(probs)).sum(axis=1)[VALID].mean()
-    value = lambda z: top_p.losses(options, route(options, z, VALID), None, None)
-    np.testing.assert_allclose(value(z)["top_p_entropy_loss"], want, rtol=1e-12)
-    grad = jax.grad(lambda z: value(z)["top_p_entropy_loss"])(jnp.asarray(z))
-    # dH/dz_e = -p_e (log p_e + H).
-    entropy = -(probs * np.log(probs)).sum(axis=1, keepdims=True)
-    want = -0.5 * probs * (np.log(probs) + entropy) * VALID[:, None] / VALID.sum()
-    np.testing.assert_allclose(grad, want, rtol=1e-9, atol=1e-15)
-    assert top_p.losses(TopP(entropy_weight=0.0), flat, None, None) == {}

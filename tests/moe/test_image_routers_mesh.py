@@ -44,12 +44,7 @@ BALANCES = {
 VALID = np.broadcast_to(np.arange(B)[:, None] != 5, (B, S))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def compiled(name, dispatch):

@@ -22,6 +22,8 @@ from moe_jax.moe.scorers.linear import Linear
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn.module import Template
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 D, F, E, B, S = 16, 24, 8, 8, 8
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_selectors import E, T, gates, logits_for, route, tokens_of
+from selecting import E, T, gates, logits_for, route, tokens_of
 
 from moe_jax.moe.routing import EVAL, Groups, Tokens
 from moe_jax.moe.selectors import SELECTORS, common

@@ -159,9 +159,10 @@ def test_watchdog_ends_a_stuck_process():
 
 def test_watchdog_lets_beats_and_pauses_live():
     result = python(
-        "dog = distributed.Watchdog(0.4, 'x'); time.sleep(0.8)\n"  # not yet armed
-        "for _ in range(6): dog.beat('step'); time.sleep(0.2)\n"
-        "dog.pause(); time.sleep(0.8); dog.beat('step'); dog.stop(); time.sleep(0.8)\n"
+        # Five times as patient as it must be: other tests run at the same time.
+        "dog = distributed.Watchdog(1, 'x'); time.sleep(1.5)\n"  # not yet armed
+        "for _ in range(8): dog.beat('step'); time.sleep(0.2)\n"
+        "dog.pause(); time.sleep(1.5); dog.beat('step'); dog.stop(); time.sleep(1.5)\n"
         "off = distributed.Watchdog(0, 'x'); off.beat('step'); time.sleep(0.5)\n"
         "print('alive')"
     )

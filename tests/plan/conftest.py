@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from schedules import ARGUMENTS, PRELUDE, ROOT
 
 from moe_jax.cli import config_file
 from moe_jax.config import MeshConfig
-from moe_jax.plan import hlo, program, topology
+from moe_jax.plan import hlo, program, schedule, topology
 from moe_jax.plan.chips import Chip
+from moe_jax.plan.collectives import Network
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 
@@ -85,6 +87,18 @@ def toy():
         dcn_bandwidth=1.0,
         clock=50.0,
     )
+
+
+@pytest.fixture
+def walk(main_of, toy):
+    """Totals of a program of these lines, on two devices along `expert`."""
+
+    def run(lines, before="", **options):
+        module, _ = main_of(f"{ARGUMENTS}{lines}\n{ROOT}", PRELUDE + before)
+        network = Network({"data": 1, "expert": 2}, (0, 0), toy, (0, 1))
+        return schedule.Walk(module, network, **options).run()
+
+    return run
 
 
 @pytest.fixture(scope="session")

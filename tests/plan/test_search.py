@@ -3,7 +3,6 @@
 import ast
 import copy
 import dataclasses
-import json
 import pathlib
 import threading
 
@@ -13,7 +12,7 @@ import pytest
 from moe_jax import config_json
 from moe_jax.cli import config_file
 from moe_jax.config import MeshConfig, validate
-from moe_jax.errors import RunError, UserError
+from moe_jax.errors import UserError
 from moe_jax.moe.dispatch import DISPATCHES
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.dispatch.bucket import Bucket
@@ -22,10 +21,9 @@ from moe_jax.moe.dispatch.einsum import Einsum
 from moe_jax.moe.dispatch.exact import Exact
 from moe_jax.nn.feedforward import Dense
 from moe_jax.parallel.mesh import AXES
-from moe_jax.plan import candidates, report, search, topology, worker
+from moe_jax.plan import candidates, search
 from moe_jax.plan.chips import BY_NAME
 from moe_jax.plan.topology import Topology
-from moe_jax.plan.worker import Request
 from moe_jax.train import setup
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
@@ -342,56 +340,6 @@ def test_plans_are_kept_and_failures_are_not(tiny, tmp_path):
     assert len(list((tmp_path / "plans").iterdir())) == len(first.seen) - len(
         second.seen
     )
-
-
-def test_a_torn_file_of_the_cache_is_made_again(tiny, tmp_path):
-    request = Request.of(tiny, "v5e:2x4")
-    path = tmp_path / f"{worker.key(request)}.json"
-    path.write_text('{"fits": tr')
-    found = worker.plan(request, str(tmp_path), lambda r: {"fits": True})
-    assert found == {"fits": True} == json.loads(path.read_text())
-
-
-def test_a_plan_depends_on_config_topology_versions_and_source(tiny, monkeypatch):
-    keys = {worker.key(Request.of(tiny, "v5e:2x4"))}
-    assert worker.key(Request.of(copy.deepcopy(tiny), "v5e:2x4")) in keys
-    keys.add(worker.key(Request.of(tiny, "v5e:4x4")))
-    keys.add(worker.key(Request.of(tiny, "v5e:2x4", 2)))
-    tiny.model.remat = "full"
-    keys.add(worker.key(Request.of(tiny, "v5e:2x4")))
-    monkeypatch.setattr(worker, "_source_hash", lambda: "another")
-    keys.add(worker.key(Request.of(tiny, "v5e:2x4")))
-    monkeypatch.setattr(worker, "_version", lambda package: "another")
-    keys.add(worker.key(Request.of(tiny, "v5e:2x4")))
-    assert len(keys) == 6
-
-
-@pytest.mark.parametrize("error", [None, UserError("no"), RunError("broken")])
-def test_the_worker_writes_a_plan_or_an_error(tiny, tmp_path, monkeypatch, error):
-    class Plan:
-        def to_json(self):
-            return {"fits": False}
-
-    def make_plan(config, where, quick):
-        assert config_json.to_json(config) == config_json.to_json(tiny)
-        assert where == ("v5e:2x4", 2)
-        if error:
-            raise error
-        return Plan()
-
-    monkeypatch.setattr(report, "make_plan", make_plan)
-    monkeypatch.setattr(topology, "find", lambda name, slices: (name, slices))
-    ask, out = tmp_path / "ask", tmp_path / "out"
-    ask.write_text(json.dumps(vars(Request.of(tiny, "v5e:2x4", 2))))
-    assert worker.main([str(ask), str(out)]) == 0
-    expected = {"error": str(error)} if error else {"fits": False}
-    assert json.loads(out.read_text()) == expected
-
-
-def test_a_worker_that_dies_is_an_error_with_its_last_words(tiny, monkeypatch):
-    monkeypatch.setattr(worker, "_MODULE", "moe_jax.no_such_module")
-    found = worker.compile_apart(Request.of(tiny, "v5e:2x4"))
-    assert "exit status 1" in found["error"] and "no_such_module" in found["error"]
 
 
 def test_python_lines_are_python(tiny):

@@ -2,7 +2,6 @@
 
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,11 +14,8 @@ TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick(quick_compilation):
+    """All modules of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.check.run import random_batch
+from moe_jax.check.rows import random_batch
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import CheckpointConfig
 from moe_jax.moe.balance import Balance

@@ -2,9 +2,9 @@
 
   moe-jax plan --config=configs/dit/dit_moe_g2_imagenet256.py --topology=v5p:2x2x4
 
-40 layers, width 1408, 16 heads; queries and keys are normed. In each block 16 experts of
-width 5632 of which 2 serve a patch, shared ones of 2816 together. Batches of 1024; all
-else is that of DiT-MoE-S/2.
+40 layers, width 1408, 16 heads; queries and keys are normed. In each block 16 experts
+of width 5632 of which 2 serve a patch, shared ones of 2816 together. Batches of 1024;
+all else is that of DiT-MoE-S/2.
 """
 
 from configs.dit import dit_moe_s2_imagenet256 as base

@@ -181,7 +181,7 @@ def ours(model, params, x, time, label):
     return prediction, told, grads
 
 
-# Experts? And norms of queries and keys, with the other names of attention?
+# With experts, and with norms of queries and keys, with the other names of attention?
 KINDS = {"dense": (False, False), "experts and norms": (True, True)}
 
 
@@ -207,7 +207,7 @@ def test_prediction_losses_and_gradients(float64, tmp_path, kind):
     want = want.detach().permute(0, 2, 3, 1).numpy()
     assert np.abs(want).max() > 1
     np.testing.assert_allclose(found, want, atol=1e-10)
-    losses = [float(loss) for loss in there.losses]
+    losses = [loss.item() for loss in there.losses]
     np.testing.assert_allclose(told, losses, rtol=1e-10)
     named = exported(model, grads, tmp_path / "grads.safetensors")
     assert named.keys() == given.keys()

@@ -181,7 +181,7 @@ def ours(model, params, x, time, label):
     return prediction, told, grads
 
 
-# With experts, and with norms of queries and keys, with the other names of attention?
+# With experts or not; with norms of queries and keys, whose attention has other names.
 KINDS = {"dense": (False, False), "experts and norms": (True, True)}
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from moe_jax import config as config_lib
-from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, MeshConfig
-from moe_jax.convert import folder, load, mapping, run_config, target
+from moe_jax.convert import folder, load, mapping, new_run, run_config, target
 from moe_jax.convert.hf import FAMILIES
 from moe_jax.convert.hf.family import Family
 from moe_jax.convert.hf.fields import Fields
@@ -21,8 +20,7 @@ from moe_jax.convert.quantized import Tensor
 from moe_jax.errors import UserError, nearest
 from moe_jax.models.decoder_config import Decoder
 from moe_jax.parallel import distributed
-from moe_jax.train import setup, workdir
-from moe_jax.train.setup import Parts
+from moe_jax.train import setup
 
 # Beside the tokenizer: in which types the tensors were stored.
 TYPES_FILE = "tensor_types.json"
@@ -146,31 +144,17 @@ def convert(
     with target.made_whole(request.workdir, "workdir") as made:
         with jax.set_mesh(parts.mesh):
             found = load.arrays(wanted, source.tensors, leaves)
-        _save(parts, found, source, request, wanted, made)
+        new_run.save(parts, found, made, request.checkpoint)
+        if distributed.is_primary():
+            _keep_beside(source, request, wanted, made)
 
 
-def _save(parts: Parts, found, source, request, wanted, made: str) -> None:
-    router_state = jax.tree.unflatten(
-        jax.tree.structure(parts.abstract.router_state),
-        jax.tree.leaves(found.get(mapping.STATE, {})),
-    )
-    state = setup.state_from(parts, found[mapping.PARAMS], router_state)
-    checkpoints = Checkpoints(
-        workdir.checkpoint_folder(made, parts.config), parts.config.checkpoint
-    )
-    # No content hash: it has seen no text of ours.
-    beside = {"step": 0, "rows": 0, "imported": os.path.abspath(request.checkpoint)}
-    try:
-        checkpoints.save(0, state, beside, force=True)
-    finally:
-        checkpoints.close()
-    if distributed.is_primary():
-        workdir.claim(made, parts.config)
-        kept = os.path.join(made, run_config.BESIDE)
-        folder.copy_beside(request.checkpoint, kept)
-        folder.copy_config(request.checkpoint, kept)
-        with open(os.path.join(kept, TYPES_FILE), "w", encoding="utf-8") as file:
-            json.dump(_types(wanted, source.tensors), file)
+def _keep_beside(source: Source, request: Request, wanted, made: str) -> None:
+    kept = os.path.join(made, run_config.BESIDE)
+    folder.copy_beside(request.checkpoint, kept)
+    folder.copy_config(request.checkpoint, kept)
+    with open(os.path.join(kept, TYPES_FILE), "w", encoding="utf-8") as file:
+        json.dump(_types(wanted, source.tensors), file)
 
 
 def _most(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from moe_jax.convert.hf.family import Family
@@ -10,6 +10,7 @@ from moe_jax.convert.hf.table import Weight
 from moe_jax.convert.quantized import Tensor
 from moe_jax.errors import UserError
 from moe_jax.models.decoder import DecoderModel
+from moe_jax.models.segments import Segment
 from moe_jax.tree import named_leaves
 
 PARAMS, STATE = "params", "router_state"
@@ -46,8 +47,17 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A block, or what stands outside: rows, and where its leaves begin."""
+class Part:
+    """A block, or what stands outside.
+
+    Attributes:
+      rows: of its table.
+      prefix: of the names in the files.
+      path: of the leaves.
+      layer: index of the block, -1 outside of them.
+      repeat: place on the parameters' leading axis of layers; None: there is none.
+      state_repeat: the same of the router state.
+    """
 
     rows: tuple[Weight, ...]
     prefix: str
@@ -75,40 +85,63 @@ def places(
     Raises:
       UserError: the family has no tensor for a leaf.
     """
-    found = [p for part in _parts(family, model) for p in _places_of(part, leaves)]
+    what = f"models of the family {family.model_type}"
+    return places_of(_parts(family, model), leaves, what)
+
+
+def places_of(
+    parts: Iterable[Part], leaves: Mapping[str, Any], what: str
+) -> list[Place]:
+    """The same, of parts.
+
+    Args:
+      parts: in the order of the layers.
+      leaves: of `leaves_of`.
+      what: is expressed by the parts, for the message.
+
+    Raises:
+      UserError: a leaf is in none of them.
+    """
+    found = [p for part in parts for p in _places_of(part, leaves)]
     left = leaves.keys() - {place.leaf for place in found}
     if left:
         raise UserError(
-            f"models of the family {family.model_type} have nothing that corresponds "
-            f"to {sorted(left)[0]}"
+            f"{what} have nothing that corresponds to {sorted(left)[0]}"
             + (f" and {len(left) - 1} more leaves" if len(left) > 1 else "")
         )
     return found
 
 
-def _parts(family: Family, model: DecoderModel) -> Iterator[_Part]:
-    yield _Part(family.outer, "", "")
-    for i, segment in enumerate(model.segments):
+def blocks(
+    segments: Iterable[Segment], rows: tuple[Weight, ...], prefix: str
+) -> Iterator[Part]:
+    """The parts of a model's blocks; `{}` in `prefix` stands for the layer."""
+    for i, segment in enumerate(segments):
         for repeat in range(segment.repeats):
             for j in range(len(segment.blocks)):
                 layer = segment.first_layer + repeat * len(segment.blocks) + j
-                yield _Part(
-                    family.block,
-                    f"model.layers.{layer}.",
+                yield Part(
+                    rows,
+                    prefix.format(layer),
                     f"segment_{i}/block_{j}/",
                     layer=layer,
                     repeat=repeat,
                     state_repeat=repeat,
                 )
+
+
+def _parts(family: Family, model: DecoderModel) -> Iterator[Part]:
+    yield Part(family.outer, "", "")
+    yield from blocks(model.segments, family.block, "model.layers.{}.")
     for k in range(model.options.mtp):
         layer = model.options.num_layers + k
         prefix = f"model.layers.{layer}."
-        yield _Part(family.ahead, prefix, f"mtp_{k}/", layer=layer)
+        yield Part(family.ahead, prefix, f"mtp_{k}/", layer=layer)
         path = f"mtp_{k}/block/"
-        yield _Part(family.block, prefix, path, layer=layer, state_repeat=0)
+        yield Part(family.block, prefix, path, layer=layer, state_repeat=0)
 
 
-def _places_of(part: _Part, leaves: Mapping[str, Any]) -> Iterator[Place]:
+def _places_of(part: Part, leaves: Mapping[str, Any]) -> Iterator[Place]:
     for weight in part.rows:
         root = STATE if weight.state else PARAMS
         leaf = f"{root}/{part.path}{weight.leaf}"
@@ -159,15 +192,24 @@ def check(
                 f"{tensor.path}: {place.hub} has the shape {list(tensor.shape)}, but "
                 f"config.json asks for {list(place.hub_shape)}"
             )
-        if tensor.type_name[0] not in "FB" or tensor.type_name == "BOOL":
-            if not tensor.quantized:
-                raise UserError(
-                    f"{tensor.path}: {place.hub} is of type {tensor.type_name}, which "
-                    "is no floating point type"
-                )
+        check_type(tensor)
     if extra:
         raise UserError(_counted("has no place in this model", extra))
     return lines
+
+
+def check_type(tensor: Tensor) -> None:
+    """Refuses what is neither a floating point tensor nor a quantised one.
+
+    Raises:
+      UserError: it is of another type.
+    """
+    floats = tensor.type_name[0] in "FB" and tensor.type_name != "BOOL"
+    if not floats and not tensor.quantized:
+        raise UserError(
+            f"{tensor.path}: {tensor.name} is of type {tensor.type_name}, which is no "
+            "floating point type"
+        )
 
 
 def _counted(what: str, names: list[str]) -> str:

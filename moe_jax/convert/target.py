@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""A folder or file that is there whole or not at all."""
 
 import contextlib
 import os
@@ -51,3 +51,35 @@ def made_whole(folder: str, flag: str) -> Iterator[str]:
     finally:
         if distributed.is_primary():
             shutil.rmtree(sibling, ignore_errors=True)
+
+
+def check_free_file(path: str, flag: str) -> None:
+    """Refuses a file that exists.
+
+    Raises:
+      UserError: it does, or none is named.
+    """
+    if not path:
+        raise UserError(f"--{flag} is missing: a file that is not there yet")
+    if os.path.exists(path):
+        raise UserError(f"--{flag}={path} exists; name another file, or move it away")
+
+
+@contextlib.contextmanager
+def file_made_whole(path: str, flag: str) -> Iterator[str]:
+    """A sibling to write, which takes the file's name if all goes well; one process.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    sibling = f"{path}.unfinished"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        yield sibling
+        os.rename(sibling, path)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} cannot be written: {error}") from None
+    finally:
+        if os.path.exists(sibling):
+            os.remove(sibling)

@@ -33,6 +33,13 @@ class ImageEvalConfig(config.BaseEvalConfig):
         for name in ("samples", "judged", "bits"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
+        channels = getattr(root.model, "in_channels", 3)
+        if self.samples > 0 and channels not in (1, 3):
+            yield (
+                f"{path}.samples={self.samples}: a picture shows 1 or 3 channels, and "
+                f"config.model.in_channels={channels}; leave it 0, and take latents "
+                "from `moe-jax sample --npz`"
+            )
         process = getattr(root.objective, "process", None)
         if self.bits and not hasattr(process, "variance"):
             yield (

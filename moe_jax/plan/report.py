@@ -150,11 +150,12 @@ class Plan:
       host_bytes: that lie in the memory of the host for one device.
       compiler_peak_bytes: as the compiler itself counts; None: it did not say.
       refused: the compiler itself found too little memory.
-      tokens: per step, all devices.
+      tokens: per step, all devices; of images, patches.
       model_flops: useful ones per device and step (6 per active weight and token,
         causal attention halved).
       peak_flops: of the device per second; 0: unknown.
       step: None where the host's compiler stands in.
+      token_name: what people call them, in the plural.
     """
 
     topology: str
@@ -173,6 +174,7 @@ class Plan:
     model_flops: float
     peak_flops: float
     step: Step | None
+    token_name: str = "tokens"
 
     @property
     def fits(self) -> bool | None:
@@ -277,6 +279,7 @@ def from_program(config: Config, compiled: Program, loop_passes: float = 0.0) ->
         model_flops=per_row * rows / len(topology.devices),
         peak_flops=chip.flops if chip else 0.0,
         step=step,
+        token_name="patches" if config.model.data_kind == "images" else "tokens",
     )
 
 

@@ -127,6 +127,6 @@ def _time(plan: Plan) -> Iterator[str]:
     ]
     yield f"  by part of the model: {', '.join(shares)}"
     yield (
-        f"  MFU {plan.mfu:.1%}; {plan.tokens_per_chip_hour / 1e6:.2f} million tokens "
-        "per chip-hour"
+        f"  MFU {plan.mfu:.1%}; {plan.tokens_per_chip_hour / 1e6:.2f} million "
+        f"{plan.token_name} per chip-hour"
     )

@@ -87,6 +87,29 @@ def test_adamw_as_numpy_does_it(momentum_dtype):
     assert sorted(slow) == ["block/norm/scale", "block/w", "slow/w"]
 
 
+def test_three_steps_are_those_of_torch():
+    """At DiT's settings: rate 1e-4, no decay, epsilon 1e-8 outside of the root."""
+    torch = pytest.importorskip("torch")
+    options = AdamW(
+        learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=0.0
+    )
+    optimizer = optimizers.make_optimizer(options, lambda step: 1.0)
+    rng = np.random.default_rng(4)
+    start = rng.normal(size=(5, 7)).astype(np.float32)
+    params = {"w": jnp.asarray(start)}
+    state = optimizer.init(params)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    there = torch.optim.AdamW([theirs], lr=1e-4, eps=1e-8, weight_decay=0.0)
+    for step, size in enumerate([1.0, 1e-7, 0.1]):  # The second is near epsilon.
+        grad = size * rng.normal(size=start.shape).astype(np.float32)
+        updates, state = optimizer.update({"w": grad}, state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        theirs.grad = torch.tensor(grad)
+        there.step()
+        np.testing.assert_allclose(params["w"], theirs.detach(), rtol=0, atol=1e-6)
+    assert np.abs(params["w"] - start).max() > 1e-4
+
+
 def test_frozen_parameters_have_no_state():
     options = AdamW(groups=GROUPS)
     params, frozen = optimizers.split(options, draw(np.random.default_rng(1)))

@@ -3,9 +3,9 @@
 A row names a tensor as it is in the files (behind `model.layers.N.`), the leaf that it
 is in (behind `segment_i/block_j/`), and how their dimensions correspond, as in
 `"(hk)d->dhk"`: the tensor is (H * Dh, D), the leaf (D, H, Dh). A letter is a dimension
-of the leaf, whose sizes are known; brackets join several to one of the tensor. The
-dimension e, of experts, is missing on the left where each expert has a tensor, `{e}` in
-its name.
+of the leaf, whose sizes are known; brackets join several to one of the tensor, or of
+the leaf, and then `sizes` has theirs. The dimension e, of experts, is missing on the
+left where each expert has a tensor, `{e}` in its name.
 
 A table lists all that a family may have. What the model at hand has no leaf for is left
 out.
@@ -29,6 +29,8 @@ class Weight:
       dims: `tensor->leaf`.
       part: of a tensor whose last dimension holds several leaves in turn, which one.
       parts: how many; 1: it holds this leaf alone.
+      first: they are one after the other in the first dimension instead.
+      sizes: of letters in brackets on the right.
       state: whether the leaf is of the router state, not of the parameters.
     """
 
@@ -37,6 +39,8 @@ class Weight:
     dims: str
     part: int = 0
     parts: int = 1
+    first: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
     state: bool = False
 
     @property
@@ -44,41 +48,63 @@ class Weight:
         return "{e}" in self.hub
 
     @functools.cached_property
-    def _letters(self) -> tuple[list[str], str, str]:
-        """Groups of letters of the tensor, its letters, and those of the leaf."""
+    def _letters(self) -> tuple[list[str], list[str]]:
+        """Groups of letters of the tensor, and those of the leaf."""
         left, right = self.dims.split("->")
-        groups = [a or b for a, b in re.findall(r"\((\w+)\)|(\w)", left)]
         of_leaf = right.replace("e", "") if self.per_expert else right
-        letters = "".join(groups)
-        if sorted(letters) != sorted(of_leaf) or len(set(letters)) < len(letters):
+        groups = _groups(left), _groups(of_leaf)
+        letters = ["".join(group) for group in groups]
+        once = len(set(letters[0])) == len(letters[0])
+        if sorted(letters[0]) != sorted(letters[1]) or not once:
             raise ValueError(f"{self.dims!r} of {self.hub}: letters differ")
-        return groups, letters, of_leaf
+        return groups
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
-        return dict(zip(self._letters[2], shape, strict=True))
+        sizes = dict(zip(self._letters[1], shape, strict=True)) | dict(self.sizes)
+        if wrong := [g for g, n in sizes.items() if n != _joined(sizes, g)]:
+            raise ValueError(f"{self.hub}: {self.dims!r} with {sizes}: {wrong}")
+        return sizes
+
+    def _of(self, tensor: np.ndarray) -> np.ndarray:
+        """What this leaf has of the tensor, a view."""
+        if not self.first:
+            return tensor[..., self.part :: self.parts]
+        size = len(tensor) // self.parts
+        return tensor[self.part * size :][:size]
 
     def hub_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor for a leaf of this shape, without layers or `{e}`."""
         sizes = self._sizes(shape)
-        found = [math.prod(sizes[c] for c in group) for group in self._letters[0]]
-        found[-1] *= self.parts
+        found = [_joined(sizes, group) for group in self._letters[0]]
+        found[0 if self.first else -1] *= self.parts
         return tuple(found)
 
     def to_leaf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The leaf that a tensor holds: a view, so that nothing is read yet."""
-        _, letters, of_leaf = self._letters
+        """The leaf that a tensor holds: a view, so that nothing is read yet.
+
+        With brackets on the right it is a copy.
+        """
+        letters, of_leaf = ("".join(groups) for groups in self._letters)
         sizes = self._sizes(shape)
-        if self.parts > 1:
-            tensor = tensor[..., self.part :: self.parts]
-        split = tensor.reshape([sizes[c] for c in letters])
-        return split.transpose([letters.index(c) for c in of_leaf])
+        split = self._of(tensor).reshape([sizes[c] for c in letters])
+        return split.transpose([letters.index(c) for c in of_leaf]).reshape(shape)
 
     def put_into(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
         """Writes a leaf into the tensor that holds it, and maybe others."""
-        _, letters, of_leaf = self._letters
-        split = leaf.transpose([of_leaf.index(c) for c in letters])
-        target = tensor[..., self.part :: self.parts]
+        letters, of_leaf = ("".join(groups) for groups in self._letters)
+        sizes = self._sizes(leaf.shape)
+        split = leaf.reshape([sizes[c] for c in of_leaf])
+        target = self._of(tensor)
+        split = split.transpose([of_leaf.index(c) for c in letters])
         target[...] = split.reshape(target.shape)
+
+
+def _groups(letters: str) -> list[str]:
+    return [a or b for a, b in re.findall(r"\((\w+)\)|(\w)", letters)]
+
+
+def _joined(sizes: dict[str, int], group: str) -> int:
+    return math.prod(sizes[c] for c in group)
 
 
 OUTER = (

@@ -1,0 +1,12 @@
+"""Switch-DiT-L/2 (Park et al. 2024, arXiv:2403.09176) on latents of 256 x 256 pixels.
+
+24 layers, width 1024, 16 heads. All else is that of Switch-DiT-S/2.
+"""
+
+from configs.dit import switch_dit_s2_imagenet256 as base
+from moe_jax.config import Config
+
+
+def get_config() -> Config:
+    """533.5 million parameters, 508.3 million of them active for a patch."""
+    return base.sized("L")

@@ -1,0 +1,1 @@
+"""Checkpoints of DiT and DiT-MoE as their authors publish them: weights alone."""

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.config import MeshConfig
-from moe_jax.errors import UserError
+from moe_jax.errors import RunError, UserError
 from moe_jax.parallel import cluster
 from moe_jax.parallel import mesh as mesh_lib
 
@@ -58,6 +58,7 @@ def start(
 
     Raises:
       UserError: only some of the three are given, or they make no sense.
+      RunError: the processes cannot connect.
     """
     if jax.distributed.is_initialized():
         return
@@ -77,7 +78,11 @@ def start(
 
 
 def _connect(found: cluster.Cluster) -> bool:
-    """Whether there is a cluster; ends the process where the others do not come."""
+    """Whether there is a cluster; ends the process where the others do not come.
+
+    Raises:
+      RunError: JAX cannot connect, mostly because the port is taken.
+    """
     seconds = cluster.number("MOE_JAX_START_SECS", _START_SECS)
     # Before JAX's own limit, which aborts with a stack trace of C++.
     timer = threading.Timer(seconds, _give_up, [found, seconds])
@@ -94,19 +99,30 @@ def _connect(found: cluster.Cluster) -> bool:
         if found.arguments:
             raise
         return False  # a TPU without a pod: one host
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(
+            f"{_where(found)}: no connection with the others: {error}; is the port "
+            "taken on the host of process 0?"
+        ) from None
     finally:
         timer.cancel()
     return True
 
 
-def _give_up(found: cluster.Cluster, seconds: int) -> None:
-    where = found.arguments.get("coordinator_address", "the address that JAX found")
+def _where(found: cluster.Cluster) -> str:
     index = found.arguments.get("process_id", "?")
+    address = found.arguments.get("coordinator_address", "an address that JAX found")
+    return (
+        f"{socket.gethostname()} process {index} of {found.num_processes or '?'} "
+        f"(found by {found.found_by}), coordinator {address}"
+    )
+
+
+def _give_up(found: cluster.Cluster, seconds: int) -> None:
     text = (
-        f"moe-jax: {socket.gethostname()} process {index} of "
-        f"{found.num_processes or '?'} (found by {found.found_by}): not all processes "
-        f"met at {where} within {seconds} s (MOE_JAX_START_SECS): ending this one. "
-        "Are all of them started, and does nothing keep them from that port?\n"
+        f"moe-jax: {_where(found)}: not all processes met there within {seconds} s "
+        "(MOE_JAX_START_SECS): ending this one. Are all of them started, and does "
+        "nothing keep them from that port?\n"
     )
     try:
         os.write(2, text.encode())

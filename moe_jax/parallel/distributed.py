@@ -81,8 +81,9 @@ def _connect(found: cluster.Cluster) -> bool:
     """Whether there is a cluster; ends the process where the others do not come.
 
     Raises:
-      RunError: JAX cannot connect, mostly because the port is taken.
+      RunError: JAX cannot connect, or the port is taken.
     """
+    _check_port(found)
     seconds = cluster.number("MOE_JAX_START_SECS", _START_SECS)
     # Before JAX's own limit, which aborts with a stack trace of C++.
     timer = threading.Timer(seconds, _give_up, [found, seconds])
@@ -101,12 +102,28 @@ def _connect(found: cluster.Cluster) -> bool:
         return False  # a TPU without a pod: one host
     except jax.errors.JaxRuntimeError as error:
         raise RunError(
-            f"{_where(found)}: no connection with the others: {error}; is the port "
-            "taken on the host of process 0?"
+            f"{_where(found)}: no connection with the others: {error}"
         ) from None
     finally:
         timer.cancel()
     return True
+
+
+def _check_port(found: cluster.Cluster) -> None:
+    """Whether process 0 may listen; JAX ends by a segmentation fault where not."""
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if found.arguments.get("process_id") != 0 or bound:
+        return
+    port = int(found.arguments["coordinator_address"].rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise RunError(
+            f"{_where(found)}: this process cannot listen on port {port}: "
+            f"{error.strerror}; give another, or end what holds it"
+        ) from None
 
 
 def _where(found: cluster.Cluster) -> str:

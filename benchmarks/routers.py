@@ -16,6 +16,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from scipy import stats
 
@@ -36,27 +37,53 @@ def main() -> int:
     names = options.names or list(NAMES)
     if unknown := set(names) - set(NAMES):
         parser.error(f"no such router: {sorted(unknown)}; there are {NAMES}")
-    found: dict[str, list[dict]] = {name: [] for name in names}
-    for seed in options.seeds:
-        for name in names:
-            # A run of another length is another run.
-            length = f"_{options.steps}_steps" if options.steps else ""
-            folder = pathlib.Path(options.folder) / f"{name}_{seed}{length}"
-            print(f"{name}, seed {seed}: {folder}", file=sys.stderr, flush=True)
-            if status := train(name, seed, folder, options.steps):
-                print(f"it failed with status {status}; nothing is compared")
-                return 1
-            found[name].append(figures(folder))
-    print("\n".join(table(found)))
+    found = train_all(CONFIG, names, options.seeds, options.folder, options.steps)
+    if found is None:
+        return 1
+    print("\n".join(table({n: list(map(figures, f)) for n, f in found.items()})))
     return 0
 
 
-def train(name: str, seed: int, folder: pathlib.Path, steps: int) -> int:
+def train_all(
+    config: pathlib.Path,
+    names: list[str],
+    seeds: list[int],
+    folder: str,
+    steps: int,
+    more: Sequence[str] = (),
+) -> dict[str, list[pathlib.Path]] | None:
+    """The folders of finished runs by name, one a seed; None where one failed.
+
+    Args:
+      config: the file of the variants.
+      names: variants, trained in turn within a seed.
+      seeds: of the runs.
+      folder: for all of them.
+      steps: of a run; 0: as configured.
+      more: further flags.
+    """
+    found: dict[str, list[pathlib.Path]] = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            # A run of another length is another run.
+            length = f"_{steps}_steps" if steps else ""
+            run = pathlib.Path(folder) / f"{name}_{seed}{length}"
+            print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+            if status := train(f"{config}:{name}", seed, run, steps, more):
+                print(f"it failed with status {status}; nothing is compared")
+                return None
+            found[name].append(run)
+    return found
+
+
+def train(
+    config: str, seed: int, folder: pathlib.Path, steps: int, more: Sequence[str]
+) -> int:
     """Runs `moe-jax train`, unless the folder holds a finished run; its status."""
     if (folder / "summary.json").exists():
         return 0
-    command = [sys.executable, "-m", "moe_jax.cli.train", f"--config={CONFIG}:{name}"]
-    command += [f"--workdir={folder}", f"--config.seed={seed}"]
+    command = [sys.executable, "-m", "moe_jax.cli.train", f"--config={config}"]
+    command += [f"--workdir={folder}", f"--config.seed={seed}", *more]
     if steps:
         command.append(f"--config.train.steps={steps}")
         command.append(f"--config.schedule.warmup_steps={steps // 10}")

@@ -259,6 +259,11 @@ class ProcessConfig(Node):
 
     __slots__ = ()
 
+    @property
+    def network_ends(self) -> tuple[float, float]:
+        """What the network sees as time of data, and of noise."""
+        raise NotImplementedError
+
 
 class TimesConfig(Node):
     """Base of the distributions of diffusion times (`diffusion/times.py`)."""

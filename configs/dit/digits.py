@@ -13,6 +13,7 @@ from moe_jax.diffusion.processes.rectified_flow import RectifiedFlow
 from moe_jax.diffusion.times import LogitNormal
 from moe_jax.models.dit_config import DiT
 from moe_jax.moe.balance import Balance
+from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -38,6 +39,7 @@ def get_config():
                 shared_d_ff=128,
                 selector=TopK(top_k=2, renormalize=False),
                 balance=Balance(load_balance_weight=0.01, z_weight=0.0),
+                dispatch=Auto(),
             ),
             dtype="float32",
             remat="none",

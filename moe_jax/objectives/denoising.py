@@ -12,6 +12,7 @@ from moe_jax.diffusion.processes import make_process
 from moe_jax.diffusion.processes.base import Process
 from moe_jax.diffusion.processes.variance_preserving import VariancePreserving
 from moe_jax.models.base import ImageInputs, ImageModel
+from moe_jax.models.masks.by_time import ByTime
 from moe_jax.moe.routing import EVAL, Mode, Override
 from moe_jax.nn import conditioning
 from moe_jax.objectives.base import Batch, Loss
@@ -94,10 +95,23 @@ class Denoising(config.ObjectiveConfig):
                 f"{path}.model_guidance={self.model_guidance} needs a model that knows "
                 "images without condition; set config.model.condition_dropout"
             )
+        if isinstance(model.input_mask, ByTime):
+            yield from self._mask_problems(model.input_mask)
         if model.condition_width:
             yield (
                 f"config.model.condition_width={model.condition_width}: no data source "
                 "gives vectors; set config.model.num_classes"
+            )
+
+    def _mask_problems(self, mask: ByTime):
+        """The mask's ends of time are those of the process."""
+        seen = self.process.network_ends
+        if seen != (mask.data_time, mask.noise_time):
+            yield (
+                f"config.model.input_mask.data_time={mask.data_time}, noise_time="
+                f"{mask.noise_time}: with config.objective.process="
+                f"{type(self.process).__name__} the network sees {seen[0]:g} for data "
+                f"and {seen[1]:g} for noise; set the mask's to those"
             )
 
 

@@ -161,3 +161,18 @@ def test_grids_of_both_processes():
     np.testing.assert_allclose(grid.sigma, [1, 0.75, 0.5, 0.25, 0])
     grid = make_process(RectifiedFlow()).grid(2, "even", 3.0)
     np.testing.assert_allclose(grid.times, [1, 0.75, 0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        VariancePreserving(),
+        VariancePreserving(steps=50),
+        RectifiedFlow(),
+        RectifiedFlow(direction="data_at_1", time_input="1000t"),
+    ],
+)
+def test_the_ends_of_the_network_s_time(options):
+    process = make_process(options)
+    ends = process.from_noise_time(jnp.array([0.0, 1.0]))
+    assert tuple(process.network_time(ends).tolist()) == options.network_ends

@@ -200,11 +200,8 @@ def test_perturbed_conditions_in_training(float64):
     model = DiTModel(options(num_layers=1, perturbation=Perturbation(strength=0.8)))
     params, inputs = drawn(model), given()
     key = jax.random.key(2)
-    delta = (
-        0.8
-        / 8
-        * jax.random.uniform(jax.random.fold_in(key, 1), (B, 64), "float64", -1, 1)
-    )
+    drawn_by = jax.random.fold_in(key, 1)
+    delta = jax.random.uniform(drawn_by, (B, D), "float64", -1, 1) * 0.8 / np.sqrt(D)
     found = run(model, params, inputs, TRAIN, key)[0]
     # Three classes of three images: each has a row of the table for itself.
     moved = params["label"]["table"].at[inputs.label].add(delta)

@@ -16,6 +16,7 @@ from moe_jax.diffusion.processes.variance_preserving import VariancePreserving
 from moe_jax.diffusion.weights import MinSNR
 from moe_jax.models.base import ImageOutput
 from moe_jax.models.dit_config import DiT
+from moe_jax.models.masks.task_routing import TaskRouting
 from moe_jax.moe.routing import EVAL, TRAIN
 from moe_jax.objectives.denoising import Denoising, loss
 
@@ -220,6 +221,11 @@ def test_model_guidance_moves_the_target_of_what_kept_its_class():
         (dict(model_guidance=1.0), {}, "set config.train.ema_decay"),
         (dict(model_guidance=1.0), dict(condition_dropout=0.0), "without condition"),
         ({}, dict(num_classes=0, condition_width=3), "no data source gives vectors"),
+        (
+            dict(process=RectifiedFlow(time_input="1000t")),
+            dict(input_mask=TaskRouting()),
+            "the network sees 0 for data and 1000 for noise",
+        ),
     ],
 )
 def test_what_is_refused(fields, model, words):
@@ -229,5 +235,6 @@ def test_what_is_refused(fields, model, words):
 
 
 def test_what_is_allowed():
-    root = config.Config(model=DiT(), objective=Denoising(times=times.LogitNormal()))
+    model = DiT(input_mask=TaskRouting())
+    root = config.Config(model=model, objective=Denoising(times=times.LogitNormal()))
     assert not list(root.objective.problems("config.objective", root))

@@ -28,6 +28,12 @@ class RectifiedFlow(config.ProcessConfig):
     direction: str = "noise_at_1"
     time_input: str = "t"
 
+    @property
+    def network_ends(self) -> tuple[float, float]:
+        """What the network sees as time of data, and of noise."""
+        one = TIME_INPUTS.get(self.time_input, 1.0)
+        return (one, 0.0) if self.direction == "data_at_1" else (0.0, one)
+
     def problems(self, path, root):
         for name, allowed in (
             ("direction", DIRECTIONS),

@@ -33,6 +33,11 @@ class VariancePreserving(config.ProcessConfig):
     prediction: str = "epsilon"
     variance: str = "learned_range"
 
+    @property
+    def network_ends(self) -> tuple[float, float]:
+        """What the network sees as time of data, and of noise."""
+        return 0.0, self.steps - 1.0
+
     def problems(self, path, root):
         for name, allowed in (
             ("schedule", tuple(schedules.BETAS)),

@@ -135,17 +135,15 @@ def test_slurm_queues_again_after_some_failures(slurm, status, restarts, said, q
 
 
 def test_slurm_out_of_time_saves_and_queues_again(slurm):
+    # One write a line: the tasks share a pipe.
     code = (
-        "import signal, sys, time\n"
-        "def stop(*_): print('saved', flush=True); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, stop); print('up', flush=True); time.sleep(50)"
+        "import os, signal, sys, time\n"
+        "def stop(*_): os.write(1, b'saved\\n'); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop); os.write(1, b'up\\n'); time.sleep(20)"
     )
     child = slurm(*python(code))
-    up = 0
-    for line in child.stdout:
-        up += "up" in line
-        if up == 2:
-            break
+    begin = [child.stdout.readline() for _ in range(3)]
+    assert sorted(begin) == ["tasks started\n", "up\n", "up\n"]
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=30)
     assert child.returncode == 0, out + err

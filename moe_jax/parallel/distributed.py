@@ -11,25 +11,29 @@ import glob
 import importlib.util
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
+import zlib
 from importlib import metadata
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.config import MeshConfig
-from moe_jax.errors import UserError
+from moe_jax.errors import RunError, UserError
+from moe_jax.parallel import cluster
+from moe_jax.parallel import mesh as mesh_lib
 
 _HEARTBEAT_SECS = 30
 # Of a process that ends while others work on; `finish` waits for them before this.
 _SHUTDOWN_SECS = 10
-_SLURM = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+_START_SECS = 300  # for all processes to come; MOE_JAX_START_SECS changes it
+_found_by = ""  # what `start` found; for `describe`
 
 
 def start(
@@ -43,8 +47,8 @@ def start(
 
     Without arguments it takes `MOE_JAX_COORDINATOR`, `MOE_JAX_NUM_PROCESSES` and
     `MOE_JAX_PROCESS_ID` (set by launch/local.py), then what SLURM, Open MPI or a TPU
-    pod say, and else runs alone. On CPU it also makes as many devices as the mesh
-    needs, or `MOE_JAX_LOCAL_DEVICES` per process.
+    pod say (`cluster.find`), and else runs alone. On CPU it also makes as many devices
+    as the mesh needs, or `MOE_JAX_LOCAL_DEVICES` per process.
 
     Args:
       mesh: how many devices the run needs.
@@ -54,97 +58,93 @@ def start(
 
     Raises:
       UserError: only some of the three are given, or they make no sense.
+      RunError: the processes cannot connect.
     """
     if jax.distributed.is_initialized():
         return
-    coordinator = coordinator or os.environ.get("MOE_JAX_COORDINATOR", "")
-    num_processes = num_processes or _env_int("MOE_JAX_NUM_PROCESSES", 0)
-    if process_id < 0:
-        process_id = _env_int("MOE_JAX_PROCESS_ID", -1)
-    explicit = _explicit(coordinator, num_processes, process_id)
-    cluster = "" if explicit else _cluster()
     accelerator = _accelerator()
+    found = cluster.find(coordinator, num_processes, process_id, accelerator)
     if not accelerator:
-        _make_cpu_devices(mesh, num_processes if explicit else _cluster_size(cluster))
-    if explicit:
-        _connect(
-            coordinator_address=coordinator,
-            num_processes=num_processes,
-            process_id=process_id,
-            cluster_detection_method="deactivate",
+        _make_cpu_devices(mesh, found.num_processes if found else 1)
+    if found and _connect(found):
+        global _found_by
+        _found_by = found.found_by
+    elif (hosts := cluster.expected_tpu_hosts()) > 1 and accelerator == "tpu":
+        raise UserError(
+            f"the environment names {hosts} TPU hosts (TPU_WORKER_HOSTNAMES, "
+            "MEGASCALE_NUM_SLICES), but JAX did not find them: give --coordinator, "
+            "--num_processes and --process_id"
         )
-    elif cluster:
-        _connect(cluster_detection_method="mpi4py" if cluster == "mpi" else None)
-    elif accelerator == "tpu":
-        # A pod is known from the metadata server only, which JAX asks.
-        try:
-            _connect()
-        except ValueError:
-            pass  # no pod: one host
 
 
-def _connect(**arguments) -> None:
-    jax.distributed.initialize(
-        heartbeat_timeout_seconds=_HEARTBEAT_SECS,
-        shutdown_timeout_seconds=_SHUTDOWN_SECS,
-        **arguments,
-    )
+def _connect(found: cluster.Cluster) -> bool:
+    """Whether there is a cluster; ends the process where the others do not come.
 
-
-def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
+    Raises:
+      RunError: JAX cannot connect, or the port is taken.
+    """
+    _check_port(found)
+    seconds = cluster.number("MOE_JAX_START_SECS", _START_SECS)
+    # Before JAX's own limit, which aborts with a stack trace of C++.
+    timer = threading.Timer(seconds, _give_up, [found, seconds])
+    timer.daemon = True
+    timer.start()
     try:
-        return int(text) if text else default
+        jax.distributed.initialize(
+            initialization_timeout=seconds + 30,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECS,
+            **found.arguments,
+        )
     except ValueError:
-        raise UserError(f"{name}={text!r} in the environment: not a number") from None
-
-
-def _explicit(coordinator: str, num_processes: int, process_id: int) -> bool:
-    given = {
-        "--coordinator": bool(coordinator),
-        "--num_processes": num_processes > 0,
-        "--process_id": process_id >= 0,
-    }
-    if not any(given.values()):
-        return False
-    missing = [name for name, there in given.items() if not there]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} missing: a run on many hosts needs all of "
-            f"{', '.join(given)} (or the MOE_JAX_... variables of the same names)"
-        )
-    if process_id >= num_processes:
-        raise UserError(
-            f"--process_id={process_id}: must be below --num_processes={num_processes}"
-        )
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise UserError(f"--coordinator={coordinator!r}: must be HOST:PORT")
+        if found.arguments:
+            raise
+        return False  # a TPU without a pod: one host
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(
+            f"{_where(found)}: no connection with the others: {error}"
+        ) from None
+    finally:
+        timer.cancel()
     return True
 
 
-def _cluster() -> str:
-    """Name of the scheduler that started several processes, or ""."""
-    env = os.environ
-    if _env_int("SLURM_NTASKS", 1) > 1 and all(f"SLURM_{n}" in env for n in _SLURM):
-        return "slurm"
-    if _env_int("OMPI_COMM_WORLD_SIZE", 1) > 1:
-        if "OMPI_MCA_orte_hnp_uri" in env:
-            return "openmpi"
-        # Open MPI 5 no longer tells where its head node is.
-        if importlib.util.find_spec("mpi4py"):
-            return "mpi"
-        raise UserError(
-            "started by mpirun, but this Open MPI does not tell the address of its "
-            "head node: install mpi4py, or give --coordinator, --num_processes and "
-            "--process_id"
-        )
-    return ""
+def _check_port(found: cluster.Cluster) -> None:
+    """Whether process 0 may listen; JAX ends by a segmentation fault where not."""
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if found.arguments.get("process_id") != 0 or bound:
+        return
+    port = int(found.arguments["coordinator_address"].rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise RunError(
+            f"{_where(found)}: this process cannot listen on port {port}: "
+            f"{error.strerror}; give another, or end what holds it"
+        ) from None
 
 
-def _cluster_size(cluster: str) -> int:
-    names = {"slurm": "SLURM_NTASKS", "openmpi": "OMPI_COMM_WORLD_SIZE"}
-    names["mpi"] = names["openmpi"]
-    return _env_int(names[cluster], 1) if cluster else 1
+def _where(found: cluster.Cluster) -> str:
+    index = found.arguments.get("process_id", "?")
+    address = found.arguments.get("coordinator_address", "an address that JAX found")
+    return (
+        f"{socket.gethostname()} process {index} of {found.num_processes or '?'} "
+        f"(found by {found.found_by}), coordinator {address}"
+    )
+
+
+def _give_up(found: cluster.Cluster, seconds: int) -> None:
+    text = (
+        f"moe-jax: {_where(found)}: not all processes met there within {seconds} s "
+        "(MOE_JAX_START_SECS): ending this one. Are all of them started, and does "
+        "nothing keep them from that port?\n"
+    )
+    try:
+        os.write(2, text.encode())
+    finally:
+        os._exit(3)
 
 
 def _accelerator() -> str:
@@ -170,7 +170,7 @@ def _make_cpu_devices(mesh: MeshConfig, num_processes: int) -> None:
     if forced or jax.config.jax_num_cpu_devices > 0:
         return
     wanted = max(1, mesh.fixed_devices() // max(1, num_processes))
-    wanted = _env_int("MOE_JAX_LOCAL_DEVICES", wanted)
+    wanted = cluster.number("MOE_JAX_LOCAL_DEVICES", wanted)
     if wanted == 1:
         return
     try:
@@ -193,15 +193,23 @@ def is_primary() -> bool:
 
 
 def describe() -> str:
-    """One line: processes, devices and their kind."""
-    hosts, devices = jax.process_count(), jax.devices()
+    """One line: processes, hosts, who named them, devices, their kind, slices.
+
+    All processes must call it: they compare their hosts' names.
+    """
+    count, devices = jax.process_count(), jax.devices()
+    line = f"{count} process{'es' * (count > 1)}"
+    if is_started():
+        name = np.uint32(zlib.crc32(socket.gethostname().encode()))
+        hosts = len(np.unique(multihost_utils.process_allgather(name)))
+        line += f" on {hosts} host{'s' * (hosts > 1)} (found by {_found_by})"
+    elif tasks := cluster.alone_in_slurm():
+        line += f" (alone: SLURM has {tasks} tasks, but srun did not start this one)"
     kind = f"{devices[0].platform} ({devices[0].device_kind})"
-    if kind == "cpu (cpu)":
-        kind = "cpu"
-    return (
-        f"{hosts} process{'es' * (hosts > 1)}, {len(devices)} "
-        f"device{'s' * (len(devices) > 1)} of kind {kind}"
-    )
+    kind = "cpu" if kind == "cpu (cpu)" else kind
+    line += f", {len(devices)} device{'s' * (len(devices) > 1)} of kind {kind}"
+    slices = mesh_lib.count_slices(devices)
+    return line + (f" in {slices} slices" if slices > 1 else "")
 
 
 def barrier(name: str) -> None:

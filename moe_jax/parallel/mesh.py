@@ -14,16 +14,23 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 TOKEN_AXES = ("data", "fsdp", "expert", "context")
 
 
+def count_slices(devices: list) -> int:
+    """How many TPU slices the devices are in; 1 on other platforms."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(d, "slice_index", 0) for d in devices})
+
+
 def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
-    slices = {getattr(d, "slice_index", 0) for d in devices}
-    if len(slices) > 1 and devices[0].platform == "tpu":
-        if shape[0] % len(slices):
+    slices = count_slices(devices)
+    if slices > 1:
+        if shape[0] % slices:
             raise UserError(
-                f"config.mesh.data={shape[0]} is not divisible by the {len(slices)} "
+                f"config.mesh.data={shape[0]} is not divisible by the {slices} "
                 "slices: only the data axis spans slices"
             )
-        inner = (shape[0] // len(slices), *shape[1:])
-        outer = (len(slices),) + (1,) * (len(shape) - 1)
+        inner = (shape[0] // slices, *shape[1:])
+        outer = (slices,) + (1,) * (len(shape) - 1)
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     if devices[0].platform == "cpu":
         return np.array(devices).reshape(shape)

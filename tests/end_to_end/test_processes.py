@@ -34,7 +34,10 @@ def test_two_processes_do_what_one_does(commands, config, tmp_path, capsys):
     options = ["-n", "2", "--devices-per-process=4", "--timeout=200", "--"]
     argv = commands.train(two, variant="processes")
     out, _ = commands.run([*launcher, *options, *argv])
-    assert "[0] 2 processes, 8 devices of kind cpu; mesh expert=8" in out
+    found = (
+        "2 processes on 1 host (found by flags), 8 devices of kind cpu; mesh expert=8"
+    )
+    assert f"[0] {found}" in out
     for line in ("step 4/4  loss", "step 4: held-out", "--- sample 1", "done: 4 steps"):
         assert f"[0] {line}" in out and f"[1] {line}" not in out
     assert (two / "summary.json").exists()

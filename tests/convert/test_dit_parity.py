@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
-from test_dit import CLASSES, LAYERS, SIDE, C, D, E, H, positions, tensors
+from test_dit_files import CLASSES, LAYERS, SIDE, C, D, E, H, positions, tensors
 
 from moe_jax.convert import load, mapping, tensor_file, to_dit
 from moe_jax.convert.dit import table

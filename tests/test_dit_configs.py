@@ -125,3 +125,13 @@ def test_latents_are_no_pictures():
     made.eval.samples = 4
     with pytest.raises(UserError, match="samples=4: a picture shows 1 or 3 channels"):
         config.validate(made)
+
+
+ROUTERS = FOLDER.parent / "bench" / "image_routers.py"
+ROUTER_NAMES = ("dit_moe", "timestep", "mode", "promoe", "promoe_choice", "ec_dit")
+ROUTER_NAMES += ("diffmoe", "expert_race", "switch_dit", "dtr")
+
+
+@pytest.mark.parametrize("name", ROUTER_NAMES)
+def test_every_router_of_images_is_valid(name):
+    config.validate(config_file.load(f"{ROUTERS}:{name}"))

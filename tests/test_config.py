@@ -35,7 +35,10 @@ def quickstart():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_config_file_is_valid_and_describes_a_model(path):
-    made = config.validate(load(path))
+    made = load(path)
+    if path.stem == "mnist":  # It is told where its files are.
+        made.data.source.images, made.data.source.labels = "images.gz", "labels.gz"
+    config.validate(made)
     assert config_json.from_json(config_json.to_json(made)) == made
     model = models.build(made.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moe_jax import config
+from moe_jax.moe.selectors import SELECTORS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,8 +27,12 @@ def blocks():
 @pytest.mark.parametrize("code", list(blocks()))
 def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "documents"}
-    exec(compile(code, "document", "exec"), names)
+    names, known = {"__name__": "documents"}, dict(SELECTORS)
+    try:
+        exec(compile(code, "document", "exec"), names)
+    finally:  # What a page adds is not there for other tests.
+        SELECTORS.clear()
+        SELECTORS.update(known)
     if "get_config" in names:
         config.validate(names["get_config"]())
 

@@ -8,6 +8,7 @@ from moe_jax.data import sources as text_sources
 from moe_jax.data import tokenizers
 from moe_jax.data.images import sources
 from moe_jax.data.images.config import ImageDataConfig
+from moe_jax.diffusion.evaluation import ImageEvalConfig
 from moe_jax.errors import UserError
 from moe_jax.models.decoder_config import Decoder
 from moe_jax.nn.attention.splash import Splash
@@ -124,7 +125,7 @@ class Patches(config_lib.ModelConfig):
 
 def test_positions_of_images_are_the_models():
     data = ImageDataConfig(source=sources.Digits(), image_size=8)
-    config = config_lib.Config(model=Patches(), data=data)
+    config = config_lib.Config(model=Patches(), data=data, eval=ImageEvalConfig())
     assert config.positions() == 256
     options = Splash()
     assert list(options.problems("config.model.attention", config)) == []
@@ -140,17 +141,14 @@ def test_positions_of_images_are_the_models():
     assert config.positions() == 0
 
 
-@pytest.mark.parametrize(
-    "field", [{"baselines": True}, {"samples": 1}, {"prompt": "a"}]
-)
-def test_options_of_text_are_not_ignored(field):
-    config = config_lib.Config(
-        model=Patches(),
-        data=ImageDataConfig(source=sources.Digits()),
-        eval=config_lib.EvalConfig(**field),
-    )
-    (problem,) = config.eval.problems("config.eval", config)
-    assert problem.endswith("is for text, and config.data holds images; leave it out")
+def test_an_evaluation_of_text_is_refused():
+    data = ImageDataConfig(source=sources.Digits())
+    config = config_lib.Config(model=Patches(), data=data)
+    with pytest.raises(UserError, match=r"set eval to ImageEvalConfig\(\) for images"):
+        config_lib.validate(config)
+    config = config_lib.Config(eval=ImageEvalConfig())
+    with pytest.raises(UserError, match="ImageEvalConfig evaluates images"):
+        config_lib.validate(config)
 
 
 def test_commands_that_need_text():

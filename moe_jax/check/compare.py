@@ -12,6 +12,8 @@ from moe_jax.train.step import Gradients
 from moe_jax.tree import named_leaves
 
 TOLERANCE = {"float64": 1e-8, "float32": 1e-5}
+# A gradient of at most this part of the whole one, times the tolerance, is rounding.
+ROUNDING = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def _of_rounding(a, b, reference: Record, dtype: str) -> float:
     """
     whole = float(reference.close["grad_norm"])
     both = max(float(np.linalg.norm(x.ravel())) for x in (a, b))
-    return both / whole if both <= 0.01 * TOLERANCE[dtype] * whole else float("inf")
+    return both / whole if both <= ROUNDING * TOLERANCE[dtype] * whole else float("inf")
 
 
 def differences(found: Record, reference: Record, dtype: str) -> Iterator[Difference]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from moe_jax import config as config_lib
 from moe_jax.check import compare, rows
@@ -132,12 +133,18 @@ def run_step(
 
 
 def _nudged(grads: Any, dtype: str) -> Any:
-    """Gradients that are apart from these by the tolerance, evenly over each array."""
+    """Gradients that are apart from these by the tolerance, evenly over each array.
+
+    One that is nothing but rounding could be any other such.
+    """
+    tolerance, whole = compare.TOLERANCE[dtype], optax.tree.norm(grads)
 
     def nudge(g):
-        size = compare.TOLERANCE[dtype] * jnp.sqrt(jnp.mean(jnp.square(g)))
+        rounding = compare.ROUNDING * whole / math.sqrt(g.size)
+        root = jnp.sqrt(jnp.mean(jnp.square(g)))
+        size = jnp.where(root <= tolerance * rounding, rounding, root)
         signs = jax.random.rademacher(jax.random.key(0), g.shape, g.dtype)
-        return g + size * signs
+        return g + (tolerance * size).astype(g.dtype) * signs
 
     return jax.tree.map(nudge, grads)
 

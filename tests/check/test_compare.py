@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.check import compare
 from moe_jax.check import run as check_run
+from moe_jax.train.state import TrainState
 
 
 def test_near_ties_by_hand():
@@ -78,6 +79,46 @@ def test_gradients_are_nudged_by_the_tolerance(float64):
         np.asarray(nudged["w"]), np.asarray(grads["w"])
     ) == pytest.approx(1e-5)
     assert 0.3 < (gap > 0).mean() < 0.7 and np.ptp(np.abs(gap)) < 1e-15
+
+
+def test_a_gradient_of_rounding_is_measured_against_the_whole():
+    """A bias on all keys changes no attention: what is there has no digits."""
+
+    def worst(size, dtype):
+        one, two = (
+            record({"grad_norm": np.float64(2.0), "grad/b_k": np.array([a, b])}, {})
+            for a, b in ((size, 0.0), (0.0, size))
+        )
+        (found,) = (
+            d for d in compare.differences(one, two, dtype) if d.name == "grad/b_k"
+        )
+        return found
+
+    assert worst(1e-9, "float32").passed and worst(1e-7, "float32").passed
+    assert worst(1e-7, "float32").error == pytest.approx(0.5e-7)
+    assert not worst(4e-7, "float32").passed, "more than rounding"
+    assert not worst(1e-7, "float64").passed and worst(1e-11, "float64").passed
+
+
+def test_a_gradient_of_rounding_could_be_any_other_such():
+    grads = {"w": jnp.full((4,), 1.0), "b": jnp.full((16,), 1e-9)}
+    nudged = check_run._nudged(grads, "float32")
+    apart = jnp.abs(nudged["b"] - grads["b"])
+    # The norm of a nudge is a hundredth of the tolerance, of the whole gradient's 2.
+    np.testing.assert_allclose(jnp.linalg.norm(apart), 0.01 * 1e-5 * 2, rtol=1e-3)
+    np.testing.assert_allclose(jnp.abs(nudged["w"] - 1), 1e-5, rtol=0.02)
+
+
+def test_what_begins_at_zero_is_filled():
+    params = {"w": np.ones((2, 2), "f4"), "gate": np.zeros((3, 4), "f4")}
+    state = TrainState(
+        step=0, params=params, frozen={}, opt_state=None, router_state={}, ema=params
+    )
+    found = check_run.without_zeros(state)
+    assert np.all(found.params["gate"])
+    np.testing.assert_array_equal(found.params["w"], params["w"])
+    np.testing.assert_array_equal(found.ema["gate"], found.params["gate"])
+    assert not params["gate"].any(), "the fresh state is compared too"
 
 
 def test_nan_does_not_pass():

@@ -87,11 +87,13 @@ class ImageSampler:
             return one(), one(override=Override(top_k=self._guided_by.top_k))
         return one(), one(without=True)
 
-    def _draw(self, params, router_state, label, valid, key):
+    def _draw(self, params, router_state, label, valid, row_b, key):
         size, channels = self._options.image_size, self._options.in_channels
         first, key = jax.random.split(key)
-        shape = (self._batch, size, size, channels)
-        x = rules.constrain(jax.random.normal(first, shape), "batch", None, None, None)
+        shape = (size, size, channels)
+        one = lambda row: jax.random.normal(jax.random.fold_in(first, row), shape)
+        x = rules.constrain(jax.vmap(one)(row_b), "batch", None, None, None)
+        key = jax.random.fold_in(key, row_b[0])
         main, other = self._denoisers(params, router_state, label, valid)
         return samplers.sample(
             self._sampler, self._guided_by, self._process, main, other, x, key
@@ -106,8 +108,8 @@ class ImageSampler:
     ) -> Iterator[tuple[np.ndarray, int]]:
         """Yields images (b, H, W, C) of these classes, and network evaluations.
 
-        Image n depends on the seed, its class and n alone, not on the mesh; with a
-        router that compares images, also on its batch.
+        Image n depends on the seed, its class and n alone, not on the mesh; also on its
+        batch with a router that compares images, or a sampler that adds fresh noise.
 
         Args:
           params: weights.
@@ -116,7 +118,7 @@ class ImageSampler:
           seed: of the noise.
         """
         labels = np.asarray(labels, np.int32)
-        for number, begin in enumerate(range(0, len(labels), self._batch)):
+        for begin in range(0, len(labels), self._batch):
             part = labels[begin : begin + self._batch]
             filled = np.zeros(self._batch, np.int32)
             filled[: len(part)] = part
@@ -126,7 +128,8 @@ class ImageSampler:
                     router_state,
                     filled if self._options.num_classes else None,
                     np.arange(self._batch) < len(part),
-                    jax.random.fold_in(jax.random.key(seed), number),
+                    (begin + np.arange(self._batch)).astype(np.int32),
+                    jax.random.key(seed),
                 )
             yield np.asarray(found.images)[: len(part)], int(found.evaluations)
 

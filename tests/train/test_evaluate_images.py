@@ -149,6 +149,9 @@ def test_samples_and_their_guidance(alone):
     assert plain.shape == (7, 8, 8, 1) and spent == (3,)
     fewer, _ = drawn(Unguided(), count=2)
     np.testing.assert_array_equal(fewer, plain[:2])
+    in_parts, spent = drawn(Unguided(), batch=4)
+    np.testing.assert_allclose(in_parts, plain, atol=1e-5)
+    assert spent == (3, 3)
     away, spent = drawn(ClassifierFree(scale=3.0))
     assert spent == (6,) and np.abs(away - plain).max() > 1e-3
     worse, spent = drawn(Autoguidance(scale=2.0, top_k=1))

@@ -1,7 +1,7 @@
 """A small model with four experts, on text that is passed several times in a run.
 
 `spread.py:plain` reads files, `spread.py:packed` instructions whose rows hold whole
-examples, `spread.py:mixed` both in the shares 3 to 1.
+examples, `spread.py:mixed` both in the shares 2 to 1.
 """
 
 from moe_jax.config import (
@@ -28,8 +28,9 @@ from moe_jax.train.schedules import Constant
 
 def get_config(variant: str) -> Config:
     # The tests run it in the folder of these files.
-    plain, packed = TextFiles(path="text"), Instructions(path="chats.jsonl")
-    mixed = Mixture(sources=(plain, packed), weights=(3, 1))
+    plain = TextFiles(path="text")
+    packed = Instructions(path="chats.jsonl", user="{}=", assistant="{}")
+    mixed = Mixture(sources=(plain, packed), weights=(2, 1))
     source = {"plain": plain, "packed": packed, "mixed": mixed}[variant]
     return Config(
         model=Decoder(

@@ -27,7 +27,7 @@ DIGITS = {
     "checkpoint.every": 2,
     "eval.every": 2,
     "eval.samples": 20,
-    "eval.judged": 0,
+    "eval.judged": 400,
     "log.every": 1,
     "mesh.expert": 4,
     "data.folder": "cache",

@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.multiprocess, pytest.mark.timeout(30
 # Processes, degree of expert parallelism, and the step after which they end.
 STAGES = ((4, 4, 4), (2, 2, 8), (1, 1, 12), (4, 4, 16))
 EXACT = ("step", "drops", "expert_counts", "tokens")
-NEAR = ("loss", "total_loss", "grad_norm")
+# Balance losses are of float32, and another mesh adds their terms in another order.
+NEAR = {"loss": 1e-8, "total_loss": 1e-8, "grad_norm": 1e-6}
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "mixed"])
@@ -39,8 +40,8 @@ def test_four_two_one_four(hosts, kind):
     assert len(lines) == 16
     for line, want in zip(lines, expected, strict=True):
         assert [line[n] for n in EXACT] == [want[n] for n in EXACT]
-        for name in NEAR:
-            np.testing.assert_allclose(line[name], want[name], rtol=1e-10)
+        for name, rtol in NEAR.items():
+            np.testing.assert_allclose(line[name], want[name], rtol, err_msg=name)
 
     assert ledger.read(moved) == ledger.read(whole)
     for folder in (moved, whole):

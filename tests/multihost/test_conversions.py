@@ -59,7 +59,9 @@ def test_dit(hosts):
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(40, files.SIDE, files.SIDE, files.C))
     np.save(hosts.folder / "latents.npy", latents.astype(np.float32))
-    fields = dict(moe=True, qk_norm="none", images="latents.npy", more="pass")
+    np.save(hosts.folder / "labels.npy", np.arange(40) % files.CLASSES)
+    more = "config.data.source.labels = 'labels.npy'"
+    fields = dict(moe=True, qk_norm="none", images="latents.npy", more=more)
     (hosts.folder / "dit.py").write_text(files.CONFIG.format(**fields))
     flags = ("--file=dit.safetensors", "--config=dit.py", "--mesh=expert=4")
     for count in (1, 4):

@@ -61,7 +61,7 @@ def get_config(variant: str = "dit_moe") -> Config:
         data=ImageDataConfig(source=Idx(), validation_fraction=0.1),
         optimizer=AdamW(learning_rate=2e-3, weight_decay=0.0),
         schedule=Cosine(warmup_steps=100, final=0.0),
-        train=TrainConfig(steps=1500, batch_size=64, ema_decay=0.99),
+        train=TrainConfig(steps=1000, batch_size=64, ema_decay=0.99),
         eval=ImageEvalConfig(
             samples=80, judged=1000, guidance=ClassifierFree(scale=2.0)
         ),

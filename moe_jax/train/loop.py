@@ -10,7 +10,6 @@ import jax
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config
 from moe_jax.data import pipeline
-from moe_jax.observe import ledger
 from moe_jax.observe.summary import write_summary
 from moe_jax.parallel import batches, distributed
 from moe_jax.train import restore, setup, workdir
@@ -70,7 +69,7 @@ def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     try:
         for line in _greeting(parts, data, changed, notes):
             recorder.console.note(line)
-        _steps(parts, data, checkpoints, recorder, evaluator, progress, folder)
+        _steps(parts, data, checkpoints, recorder, evaluator, progress)
         checkpoints.wait()
         if progress.stopped_by:
             recorder.console.note(
@@ -86,7 +85,7 @@ def _run(parts, data, checkpoints, folder, state, changed, notes, saved) -> int:
     return 0
 
 
-def _steps(parts, data, checkpoints, recorder, evaluator, progress, folder) -> None:
+def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
     """Runs the steps that remain; leaves the last state in `progress`."""
     config = parts.config
     if progress.step >= config.train.steps:
@@ -106,9 +105,8 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress, folder) -> N
             prefetch=config.data.prefetch,
             numbered=config.train.ledger,
         )
+        host_batches = recorder.in_ledger(host_batches, first, data.identify)
         watchdog = distributed.Watchdog(config.train.watchdog_secs)
-        if config.train.ledger:
-            host_batches = _in_ledger(host_batches, folder, progress.step, first, data)
         recorder.restart_clock()
         for host_batch in host_batches:
             watchdog.beat("training", progress.step)
@@ -137,15 +135,6 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress, folder) -> N
                 recorder.held_out(progress.step, figures)
                 recorder.restart_clock()
         watchdog.stop()
-
-
-def _in_ledger(host_batches, folder, step, first, data):
-    """The batches, each written down by this process as it is taken."""
-    if distributed.is_primary():
-        ledger.cut_back(folder, step)
-    distributed.barrier("ledger")
-    process = jax.process_index()
-    return ledger.recorded(host_batches, folder, process, step, first, data.identify)
 
 
 def _greeting(parts: Parts, data: Any, changed: list[str], notes: list[str]):

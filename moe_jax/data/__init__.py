@@ -2,8 +2,8 @@
 
 `sources/` gives documents, `tokenizers` turns them into ids, `token_file` stores those
 once in flat files, `packing` defines row n of a split, and `pipeline` joins them:
-`prepare(config)` gives a `TextData`, of one source or a mixture of several, whose batches
-depend only on the config, the text and the step, never on the number of hosts.
+`prepare(config)` gives a `TextData`, of one source or a mixture of several, whose
+batches depend only on the config, the text and the step, never on the number of hosts.
 `baselines` compresses the same text with gzip and an order-2 byte model. Nothing here
 needs TensorFlow but TFDS datasets that were prepared as tfrecord.
 

@@ -161,6 +161,14 @@ def start_hosts(config: Config) -> None:
     )
 
 
+def note(line: str) -> None:
+    """Tells the user on standard error; of several processes the first does."""
+    from moe_jax.parallel import distributed
+
+    if distributed.is_primary():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _allowed_types(annotation: Any) -> tuple[type, ...]:
     """The types a field takes, the one to name in a message last; (): any."""
     origin = typing.get_origin(annotation) or annotation

@@ -257,6 +257,13 @@ def test_a_command_for_one_process_refuses_several(command, configs, monkeypatch
     assert "for one process, and 3 were started (found by flags)" in result[3]
 
 
+@pytest.mark.parametrize("index, said", [(0, "6/6 images\n"), (1, "")])
+def test_notes_come_from_the_first_process(capsys, monkeypatch, index, said):
+    monkeypatch.setattr("jax.process_index", lambda: index)
+    common.note("6/6 images")
+    assert capsys.readouterr() == ("", said)
+
+
 def test_help_shows_docstring_and_flags(command):
     status, _, out, _ = command("--help", "--nonsense")
     assert status == 0

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
+_GLOO = re.compile(r"\[Gloo\] Rank .*\n?")
 
 
 @dataclasses.dataclass
@@ -46,10 +48,14 @@ class Hosts:
             timeout=timeout + 60,
         )
         print(f"{count} x {command[-1]}: {time.monotonic() - begin:.1f} s")
-        lines = done.stdout.splitlines()
-        lines = [line for line in lines if "[Gloo]" not in line]  # By JAX, in each.
-        own = [line[4:] for line in lines if line.startswith("[0] ")]
-        others = [line for line in lines if not line.startswith("[0] ")]
+        by_process = {}
+        for line in done.stdout.splitlines():
+            index, _, text = line.partition("] ")
+            by_process.setdefault(index, []).append(text)
+        # What JAX itself says in every process, in the midst of a line.
+        said = {i: _GLOO.sub("", "\n".join(t)) for i, t in by_process.items()}
+        own = said.pop("[0", "").splitlines()
+        others = said.values()
         return done.returncode, own, "\n".join(others) + done.stderr
 
     def run(self, count, command, *arguments, **options):

@@ -56,6 +56,23 @@ def test_the_config_is_valid_and_says_its_size(name):
         assert shown in text, shown
 
 
+@pytest.mark.parametrize(
+    "variant", ["dense", "dit_moe", "promoe", "expert_choice", "dtr"]
+)
+def test_variants_of_mnist_have_equal_active_feed_forwards(variant):
+    made = config_file.load(f"{FOLDER / 'mnist.py'}:{variant}")
+    made.data.source.images, made.data.source.labels = "images.gz", "labels.gz"
+    config.validate(made)
+    d, feed_forward = made.model.d_model, made.model.feed_forward
+    if variant in ("dense", "dtr"):
+        assert feed_forward.d_ff == 4 * d
+        return
+    chosen = getattr(feed_forward.selector, "top_k", 0)
+    if variant == "expert_choice":  # On average of the tokens.
+        chosen = feed_forward.selector.capacity_factor
+    assert chosen * feed_forward.experts.d_ff + feed_forward.shared_d_ff == 4 * d
+
+
 def outside(size, out):
     """What stands outside the blocks of a dense or sparse DiT; `out` channels."""
     d = SIZES[size]["d_model"]

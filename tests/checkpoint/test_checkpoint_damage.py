@@ -93,7 +93,9 @@ def test_flipped_bits(kind, saved, restore, same_bits):
 
 
 def test_flips_would_pass_without_checksums(monkeypatch, saved, restore, same_bits):
-    monkeypatch.setattr(store, "checksums", lambda leaves: dict.fromkeys(leaves, "0"))
+    monkeypatch.setattr(
+        store, "in_parts", lambda leaves, dims: {k: ["0" * 16] for k in leaves}
+    )
     folder, states = saved()
     found = list(flip_bits(folder, restore, 5))
     assert any(r.step == 40 and not same_bits(r.state, states[40]) for r in found)
@@ -103,9 +105,11 @@ def test_falls_back_with_a_note(monkeypatch, tmp_path, mesh_of, placed, restore)
     saver = Checkpoints(str(tmp_path), CONFIG)
     states = {s: placed(tree("ramp", s), mesh_of((2, 4))) for s in (20, 40)}
     saver.save(20, states[20], {"position": 20})
-    real = store.checksums
+    real = store.in_parts
     monkeypatch.setattr(
-        store, "checksums", lambda x: {k: v[::-1] for k, v in real(x).items()}
+        store,
+        "in_parts",
+        lambda *given: {k: [v[0][::-1]] for k, v in real(*given).items()},
     )
     saver.save(40, states[40], {"position": 40})
     monkeypatch.undo()

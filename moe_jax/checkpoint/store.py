@@ -27,7 +27,12 @@ from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import manifest, trees
 from moe_jax.checkpoint.checksums import in_parts
-from moe_jax.checkpoint.failures import DamagedError, on_all_processes, reason
+from moe_jax.checkpoint.failures import (
+    DamagedError,
+    on_all_processes,
+    reason,
+    unlistable,
+)
 from moe_jax.config import CheckpointConfig
 from moe_jax.errors import UserError
 
@@ -104,12 +109,17 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.pytree.loading.partial_load = True
-        self._manager = ocp.training.Checkpointer(
-            self._folder,
-            context=context,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=not self._read_only,
-        )
+        try:
+            self._manager = ocp.training.Checkpointer(
+                self._folder,
+                context=context,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=not self._read_only,
+            )
+        except OSError:
+            raise
+        except Exception as error:
+            raise unlistable(self._folder, error) from None
         self._find_hollow()
 
     def _find_hollow(self) -> None:

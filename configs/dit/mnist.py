@@ -28,7 +28,7 @@ from moe_jax.moe.selectors.pro_moe import ProMoE
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.objectives.denoising import Denoising
 from moe_jax.train.optimizers import AdamW
-from moe_jax.train.schedules import Constant
+from moe_jax.train.schedules import Cosine
 
 VARIANTS = ("dense", "dit_moe", "promoe", "expert_choice", "dtr")
 D_MODEL = 128
@@ -44,7 +44,7 @@ def get_config(variant: str = "dit_moe") -> Config:
         model=DiT(
             image_size=28,
             in_channels=1,
-            patch_size=4,
+            patch_size=7,
             num_layers=4,
             d_model=D_MODEL,
             num_heads=4,
@@ -59,8 +59,8 @@ def get_config(variant: str = "dit_moe") -> Config:
             process=RectifiedFlow(time_input="1000t"), times=LogitNormal()
         ),
         data=ImageDataConfig(source=Idx(), validation_fraction=0.1),
-        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.0),
-        schedule=Constant(warmup_steps=50),
+        optimizer=AdamW(learning_rate=2e-3, weight_decay=0.0),
+        schedule=Cosine(warmup_steps=100, final=0.0),
         train=TrainConfig(steps=1000, batch_size=64, ema_decay=0.99),
         eval=ImageEvalConfig(
             samples=80, judged=1000, guidance=ClassifierFree(scale=2.0)

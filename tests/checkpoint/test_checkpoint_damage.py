@@ -232,3 +232,19 @@ def test_reader_passes_over_an_empty_folder(saved, restore):
     restored = restore(folder)
     assert restored.step == 40 and restored.notes == []
     assert (folder / "60").exists()
+
+
+@pytest.mark.parametrize("text", ["1e308", "[]", '{"metrics": 7}', "{", "\0"])
+def test_metadata_that_keeps_the_steps_from_being_listed(text, saved, restore):
+    """Orbax reads it of every step; without it, it goes on."""
+    folder, _ = saved()
+    path = folder / "40" / "_CHECKPOINT_METADATA"
+    path.write_text(text)
+    try:
+        assert restore(folder).step in (20, 40)
+    except UserError as error:
+        assert f"{path} is damaged; delete it" in str(error)
+        assert "\n" not in str(error)
+    path.unlink()
+    restored = restore(folder)
+    assert restored.step == 40 and restored.notes == []

@@ -43,6 +43,14 @@ def saved(tmp_path_factory):
     return folder, files
 
 
+def restore(folder, target):
+    reader = Checkpoints(str(folder), CONFIG, read_only=True, experts=EXPERTS)
+    try:
+        return reader.restore(target)
+    finally:
+        reader.close()
+
+
 def changed(draw, name, content):
     if name == "manifest/data.json" and draw(st.booleans()):
         found = draw(mutations.json_values(json.loads(content)))
@@ -71,11 +79,7 @@ def test_changed_files(data, saved, clear):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             state_at(0),
         )
-        reader = Checkpoints(str(folder), CONFIG, read_only=True, experts=EXPERTS)
-        try:
-            found = clear(lambda: reader.restore(target))
-        finally:
-            reader.close()
+        found = clear(lambda: restore(folder, target))
         if found is not None:
             assert found.step in (1, 2)
             assert (found.step == 1) == bool(found.notes)

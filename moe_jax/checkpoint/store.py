@@ -324,6 +324,10 @@ class Checkpoints:
             tree = {_STATE: trees.nested(stored)}
             found = self._manager.load_checkpointables(step, tree)[_STATE]
             leaves = trees.named_leaves(found)
+            # Of a leaf that its index lacks Orbax gives back what it was asked for.
+            lost = [n for n in stored if not isinstance(leaves.get(n), jax.Array)]
+            if lost:
+                raise ValueError(f"leaf {lost[0]} is not among its arrays")
         return {
             name: leaves[name]
             if name in stored

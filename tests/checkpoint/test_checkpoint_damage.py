@@ -248,3 +248,13 @@ def test_metadata_that_keeps_the_steps_from_being_listed(text, saved, restore):
     path.unlink()
     restored = restore(folder)
     assert restored.step == 40 and restored.notes == []
+
+
+def test_a_leaf_that_the_index_lacks(saved, restore):
+    """Orbax gives back the target in its place."""
+    folder, _ = saved()
+    path = folder / "40" / "state" / "_METADATA"
+    path.write_text(path.read_text().replace('"key": "step"', '"key": "stop"'))
+    restored = restore(folder)
+    assert restored.step == 20
+    assert "leaf step is not among its arrays" in restored.notes[0]

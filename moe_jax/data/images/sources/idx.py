@@ -108,15 +108,15 @@ def read(path: str, field: str) -> np.ndarray:
     if content[:2] == b"\x1f\x8b":
         opened, most = gzip.GzipFile(fileobj=opened), _MOST_UNPACKED * len(content)
     try:
-        return _array(opened, max(most, len(content)))
+        return _array(opened, len(content), max(most, len(content)))
     except (OSError, EOFError, zlib.error) as error:
         raise files.unreadable(path, field, f"damaged gzip: {error}") from None
     except ValueError as error:
         raise files.unreadable(path, field, error) from None
 
 
-def _array(file: IO[bytes], most: int) -> np.ndarray:
-    """The array of a file that holds at most so many bytes."""
+def _array(file: IO[bytes], size: int, most: int) -> np.ndarray:
+    """The array of a file of `size` bytes, which holds at most `most`."""
     head = file.read(4)
     if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
         raise ValueError("no IDX file")
@@ -125,11 +125,10 @@ def _array(file: IO[bytes], most: int) -> np.ndarray:
     shape = np.frombuffer(sizes, ">u4").tolist() if len(sizes) == 4 * dims else [0]
     expected = math.prod(shape) * dtype.itemsize
     if not 0 < expected <= most or not 0 < dims <= _MOST_DIMS:
-        raise ValueError(f"IDX file whose head says {shape}, which it cannot hold")
+        raise ValueError(f"IDX file of {size} bytes, its head says {shape}")
     # One byte more than there should be, and not all that a small file unpacks to.
     content = file.read(expected + 1)
     if len(content) != expected:
-        found = "more" if len(content) > expected else len(content)
-        raise ValueError(f"IDX file of {found} bytes, its head says {expected}")
+        raise ValueError(f"IDX file of {size} bytes, its head says {shape}")
     array = np.frombuffer(content, dtype).reshape(shape)
     return array.astype(dtype.newbyteorder("="))

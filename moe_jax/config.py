@@ -130,6 +130,8 @@ class TrainConfig(Node):
         is the same, to begin from.
       watchdog_secs: a step (not the first, which compiles) that takes longer ends
         the process with a message; 0 turns it off.
+      ledger: write down which rows each process reads, in `ledger` in the workdir; see
+        `moe-jax ledger`.
       compilation_cache: folder of JAX's persistent cache; "" turns it off.
       xla_options: "xla_NAME=VALUE" with spaces between them, for the train step, beside
         those of `parallel.compiler`; "xla_NAME=" leaves one of those out.
@@ -145,6 +147,7 @@ class TrainConfig(Node):
     max_skipped: int = 20
     warm_start: str = ""
     watchdog_secs: float = 600.0
+    ledger: bool = False
     compilation_cache: str = "~/.cache/moe_jax/compiled"
     xla_options: str = ""
 

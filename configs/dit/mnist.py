@@ -22,7 +22,7 @@ from moe_jax.moe.balance import Balance
 from moe_jax.moe.dispatch.auto import Auto
 from moe_jax.moe.experts.feed_forward import ExpertFeedForward
 from moe_jax.moe.layer import MoE
-from moe_jax.moe.scorers.cosine import Cosine
+from moe_jax.moe.scorers import cosine
 from moe_jax.moe.selectors.expert_choice import ExpertChoice
 from moe_jax.moe.selectors.pro_moe import ProMoE
 from moe_jax.moe.selectors.top_k import TopK
@@ -78,7 +78,7 @@ def feed_forward(variant: str) -> FeedForwardConfig:
             num_experts=13,
             experts=ExpertFeedForward(d_ff=ACTIVE // 2, **plain),
             shared_d_ff=ACTIVE // 2,
-            scorer=Cosine(proj_dim=0, temperature=1.0, learned=False),
+            scorer=cosine.Cosine(proj_dim=0, temperature=1.0, learned=False),
             selector=ProMoE(top_k=1),
             balance=Balance(load_balance_weight=0.0, z_weight=0.0),
             dispatch=Auto(),

@@ -42,12 +42,13 @@ class Row:
 
 def tokenise(config: Config, folder: pathlib.Path) -> tuple[int, float]:
     """Makes token files of the config's text in `folder`; tokens, and seconds."""
-    data = config.data
-    source, tokenizer = sources.load(data), tokenizers.make_tokenizer(data.tokenizer)
-    begin = time.perf_counter()
-    manifest, _ = token_file.open_or_build(folder, source, data, tokenizer)
-    seconds = time.perf_counter() - begin
-    return sum(split["tokens"] for split in manifest["splits"].values()), seconds
+    tokenizer = tokenizers.make_tokenizer(config.data.tokenizer)
+    loaded = [(data, sources.load(data)) for data in sources.each(config.data)]
+    tokens, begin = 0, time.perf_counter()
+    for data, source in loaded:
+        manifest, _ = token_file.open_or_build(folder, source, data, tokenizer)
+        tokens += sum(split["tokens"] for split in manifest["splits"].values())
+    return tokens, time.perf_counter() - begin
 
 
 def measure(

@@ -161,6 +161,14 @@ def start_hosts(config: Config) -> None:
     )
 
 
+def note(line: str) -> None:
+    """Tells the user on standard error; of several processes the first does."""
+    from moe_jax.parallel import distributed
+
+    if distributed.is_primary():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _allowed_types(annotation: Any) -> tuple[type, ...]:
     """The types a field takes, the one to name in a message last; (): any."""
     origin = typing.get_origin(annotation) or annotation
@@ -287,10 +295,24 @@ def _parse_then(main: Main, own_flags: set[str]) -> int | None:
         raise UserError(
             f"unexpected argument {rest[1]!r}: options are written --name=value"
         )
+    if "coordinator" not in own_flags:
+        _refuse_hosts()
     status = main()
     if distributed := _hosts():
         distributed.finish()
     return status
+
+
+def _refuse_hosts() -> None:
+    """Of a command without `define_hosts`: each process would do all of it."""
+    from moe_jax.parallel import cluster
+
+    found = cluster.find()
+    if found and found.num_processes > 1:
+        raise UserError(
+            f"this command is for one process, and {found.num_processes} were started "
+            f"(found by {found.found_by}): give it without the launcher"
+        )
 
 
 def _hosts() -> Any:

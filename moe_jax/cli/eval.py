@@ -8,7 +8,6 @@ of images the denoising loss, also by time.
 """
 
 import json
-import sys
 
 from absl import flags
 
@@ -35,8 +34,8 @@ def main() -> int:
 
     data = pipeline.prepare(config)
     loaded = load.load(FLAGS.workdir, config, FLAGS.step, data.content_hash)
-    for note in loaded.notes:
-        print(note, file=sys.stderr)
+    for line in loaded.notes:
+        common.note(line)
     evaluator = kind_of(config).evaluator(loaded.parts, data)
     figures = evaluator.score(loaded.state, data, FLAGS.max_batches)
     if distributed.is_primary():

@@ -5,7 +5,6 @@ Example:
 """
 
 import codecs
-import sys
 
 from absl import flags
 
@@ -43,8 +42,8 @@ def main() -> int:
                         "set --temperature=0")  # fmt: skip
     tokenizer = tokenizers.make_tokenizer(config.data.tokenizer)
     loaded = load.load(FLAGS.workdir, config, FLAGS.step)
-    for note in loaded.notes:
-        print(note, file=sys.stderr)
+    for line in loaded.notes:
+        common.note(line)
     with jax.set_mesh(loaded.parts.mesh):
         new_ids = texts.stream(
             loaded.parts,

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "score a checkpoint on held-out data",
     "generate": "write text from a checkpoint",
     "sample": "draw images from a checkpoint",
+    "ledger": "show that a run was trained on each row once in every pass",
     "convert from-hf": "make a workdir of a Hugging Face checkpoint",
     "convert to-hf": "write a workdir's model for Hugging Face transformers",
     "convert from-dit": "make a workdir of a checkpoint of DiT or DiT-MoE",

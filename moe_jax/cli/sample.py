@@ -8,7 +8,6 @@ come in turn, a column each. Prints how many network evaluations a batch took.
 """
 
 import os
-import sys
 import tempfile
 
 import numpy as np
@@ -59,8 +58,8 @@ def main() -> int:
 
     sampler, guided_by = _method()
     loaded = load.load(FLAGS.workdir, config, FLAGS.step)
-    for note in loaded.notes:
-        print(note, file=sys.stderr)
+    for line in loaded.notes:
+        common.note(line)
     batch = min(FLAGS.batch, len(labels))
     drawing = ImageSampler(loaded.parts, sampler, guided_by, batch)
     state, parts = loaded.state, []
@@ -68,7 +67,7 @@ def main() -> int:
     for part in drawn:
         parts.append(part)
         count = sum(len(images) for images, _ in parts)
-        print(f"{count}/{len(labels)} images", file=sys.stderr)
+        common.note(f"{count}/{len(labels)} images")
     if jax.process_index():
         return 0
     images = np.concatenate([images for images, _ in parts])

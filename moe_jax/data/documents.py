@@ -94,7 +94,7 @@ def own_split_problems(path: str, field: str, value: str, root: Any) -> Iterator
     fraction = root.data.validation_fraction
     if value and fraction:
         yield (
-            f"{path.rpartition('.')[0]}.validation_fraction={fraction}: must be 0 "
+            f"{path.partition('.source')[0]}.validation_fraction={fraction}: must be 0 "
             f"where {path}.{field}={value!r} names what is held out; set it to 0, or "
             f"{field} to ''"
         )

@@ -96,6 +96,21 @@ def make_rows(
     return out
 
 
+def documents_of(
+    offsets: np.ndarray,
+    numbers: ArrayLike,
+    sequence_length: int,
+    begins: np.ndarray | None = None,
+) -> np.ndarray:
+    """The first and the last document of each row, int64 (b, 2), from 0.
+
+    The arguments are those of `make_rows`; the rows must hold something.
+    """
+    start_b, length_b = _extents(offsets, numbers, sequence_length, begins)
+    ends = np.stack([start_b, start_b + length_b - 1], axis=1)
+    return np.searchsorted(offsets, ends, side="right") - 1
+
+
 def _extents(offsets, numbers, sequence_length, begins):
     """Where rows begin, and how many tokens each holds, (b,) each."""
     numbers = np.asarray(numbers, np.int64)

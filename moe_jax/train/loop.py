@@ -105,7 +105,9 @@ def _steps(parts, data, checkpoints, recorder, evaluator, progress) -> None:
             num_steps=config.train.steps - progress.step,
             rows=(first, count),
             prefetch=config.data.prefetch,
+            numbered=config.train.ledger,
         )
+        host_batches = recorder.in_ledger(host_batches, first, data.identify)
         watchdog = distributed.Watchdog(config.train.watchdog_secs)
         recorder.restart_clock()
         for host_batch in host_batches:

@@ -2,14 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.errors import RunError
-from moe_jax.observe import flops
+from moe_jax.observe import flops, ledger
 from moe_jax.observe.console import Console
 from moe_jax.observe.loads import RunLoads
 from moe_jax.observe.writers import MetricsFile, TensorBoard, read_metrics
@@ -51,6 +51,7 @@ class Recorder:
             config.train.steps, self._primary, config.log.every, start_step
         )
         self.loads = RunLoads(saved)
+        self._workdir, self._start = workdir, start_step
         self._path = os.path.join(workdir, workdirs.METRICS_FILE)
         self._file = self._board = None
         if self._primary:
@@ -69,6 +70,31 @@ class Recorder:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since = time.perf_counter()
         self._bad_in_a_row = 0
+
+    def in_ledger(
+        self,
+        host_batches: Iterator[Any],
+        first: int,
+        identify: Callable[[Any], dict[str, list]],
+    ) -> Iterator[Any]:
+        """The batches, each written down as it is taken where `train.ledger` says so.
+
+        All processes must call it, before the first batch.
+
+        Args:
+          host_batches: of this process from the first step on, numbered.
+          first: place of its first row in the whole batch.
+          identify: of the data.
+        """
+        if not self._config.train.ledger:
+            return host_batches
+        if self._primary:
+            ledger.cut_back(self._workdir, self._start)
+        distributed.barrier("ledger")
+        process = jax.process_index()
+        return ledger.recorded(
+            host_batches, self._workdir, process, self._start, first, identify
+        )
 
     def restart_clock(self) -> None:
         """Leaves out what happened since the last step (evaluation, saving)."""

@@ -246,6 +246,24 @@ def test_statuses(command, configs):
     assert command(argument, body=raises(KeyboardInterrupt()))[0] == 130
 
 
+def test_a_command_for_one_process_refuses_several(command, configs, monkeypatch):
+    monkeypatch.setenv("MOE_JAX_COORDINATOR", "127.0.0.1:1")
+    monkeypatch.setenv("MOE_JAX_PROCESS_ID", "0")
+    monkeypatch.setenv("MOE_JAX_NUM_PROCESSES", "1")
+    assert command(f"--config={configs.base}")[0] == 0
+    monkeypatch.setenv("MOE_JAX_NUM_PROCESSES", "3")
+    result = command(f"--config={configs.base}")
+    fails(result)
+    assert "for one process, and 3 were started (found by flags)" in result[3]
+
+
+@pytest.mark.parametrize("index, said", [(0, "6/6 images\n"), (1, "")])
+def test_notes_come_from_the_first_process(capsys, monkeypatch, index, said):
+    monkeypatch.setattr("jax.process_index", lambda: index)
+    common.note("6/6 images")
+    assert capsys.readouterr() == ("", said)
+
+
 def test_help_shows_docstring_and_flags(command):
     status, _, out, _ = command("--help", "--nonsense")
     assert status == 0

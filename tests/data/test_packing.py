@@ -50,6 +50,24 @@ def assert_rows_equal(got, want):
         assert got[name].dtype == want[name].dtype, name
 
 
+@hypothesis.given(DOCUMENTS, st.integers(1, 12))
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_documents_of_rows(lengths, sequence_length):
+    _, offsets = stream(lengths)
+    owner = [d for d, length in enumerate(lengths) for _ in range(length)]
+    count = packing.num_rows(len(owner), sequence_length)
+    cuts = [owner[r * sequence_length :][:sequence_length] for r in range(count)]
+    got = packing.documents_of(offsets, range(count), sequence_length)
+    assert got.tolist() == [[cut[0], cut[-1]] for cut in cuts]
+
+
+def test_documents_of_rows_that_hold_them_whole():
+    _, offsets = stream([3, 2, 4, 9])
+    begins = packing.whole_rows(offsets, 6)
+    got = packing.documents_of(offsets, [0, 1, 2, 3], 6, begins)
+    assert got.tolist() == [[0, 1], [2, 2], [3, 3], [3, 3]]
+
+
 def test_row_by_hand():
     tokens, offsets = stream([3, 2, 4])
     row = row_of(tokens, offsets, 1, 4)

@@ -136,7 +136,7 @@ def test_python_source_end_to_end(stdlib, make_config):
     for split in ("train", "validation"):
         assert text.bytes_in(split) == sum(map(len, text.documents(split))) > 0
         assert text.tokens_in(split) > text.bytes_in(split)
-    assert text.manifest["source"]["kind"] == "python_source"
+    assert text.parts[0].manifest["source"]["kind"] == "python_source"
     batch = next(text.train_batches(**TRAIN))
     assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
         "tokens": ((8, 16), "int32"),

@@ -135,7 +135,7 @@ def test_second_call_reuses(corpus_config, monkeypatch):
     monkeypatch.setattr(prepared, "_build", None)  # calling it would fail
     second = pipeline.prepare(corpus_config)
     assert second.content_hash == first.content_hash
-    assert second.manifest == first.manifest
+    assert second.parts[0].manifest == first.parts[0].manifest
 
 
 def test_reuses_a_folder_without_lock(corpus_config, monkeypatch):
@@ -191,10 +191,10 @@ def damage_version(folder):
     ],
 )
 def test_damage_is_mended_with_a_warning(corpus_config, caplog, damage):
-    want = pipeline.prepare(corpus_config).manifest
+    want = pipeline.prepare(corpus_config).parts[0].manifest
     damage(only_folder(corpus_config))
     with caplog.at_level(logging.WARNING):
-        assert pipeline.prepare(corpus_config).manifest == want
+        assert pipeline.prepare(corpus_config).parts[0].manifest == want
     assert "is damaged" in caplog.text
     assert_matches_source(corpus_config)
 

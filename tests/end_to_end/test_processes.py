@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.cli import config_file
+from moe_jax.cli import config_file, main
+from moe_jax.observe import ledger
 from moe_jax.observe.writers import read_metrics
 from moe_jax.train import loop
 
@@ -61,3 +62,9 @@ def test_two_processes_do_what_one_does(commands, config, tmp_path, capsys):
     ]
     assert held_out[0]["tokens"] == held_out[1]["tokens"]
     assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
+
+    # Whoever read it, each row came once.
+    assert ledger.read(two) == ledger.read(one)
+    assert main.main(["ledger", f"--workdir={two}"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("6 steps: each row once in each pass\n") and "48 rows" in out

@@ -67,6 +67,7 @@ def get_config(variant: str = "") -> Config:
         # Its program does not depend on the number of steps.
         config.schedule = Constant(warmup_steps=2)
         config.train.steps, config.checkpoint.every, config.eval.every = 4, 2, 0
+        config.train.ledger = True
     elif variant:
         raise KeyError(variant)
     return config

@@ -22,6 +22,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     common.define_config(default="configs/quickstart.py")
+    common.define_hosts()
     flags.DEFINE_integer("steps", 20, "Timed steps.", 1)
     flags.DEFINE_integer("warm_up", 3, "Steps before them.", 1)
     flags.DEFINE_integer("calls", 15, "Calls on an idle device, of each kind.", 1)
@@ -31,12 +32,12 @@ def define_flags() -> None:
 def main() -> int:
     config = common.load_config()
     common.check_json()
+    common.start_hosts(config)
+    from moe_jax.bench import step, timing
     from moe_jax.parallel import distributed
 
-    distributed.start(config.mesh)
-    from moe_jax.bench import step, timing
-
-    print(timing.describe_machine(), flush=True)
+    if distributed.is_primary():
+        print(timing.describe_machine(), flush=True)
     bench = step.Bench(config)
     report = bench.measure(FLAGS.steps, FLAGS.warm_up, FLAGS.calls)
     if distributed.is_primary():

@@ -78,6 +78,10 @@ class ImageData:
         """Images of the split."""
         return len(self._files[split].labels)
 
+    def source_rows(self, split: str) -> list[tuple[str, int]]:
+        """Name and number of images of the source, in a list."""
+        return [("images", self.num_rows(split))]
+
     def row(self, split: str, number: int) -> Batch:
         """Image `number` of the split, without the axis b; past the last, padding."""
         return {name: value[0] for name, value in self.rows(split, [number]).items()}
@@ -88,6 +92,10 @@ class ImageData:
         images = self._values(stored)
         images[weights == 0] = 0
         return {"images": images, "labels": labels, "weights": weights}
+
+    def identify(self, numbers: Sequence[int]) -> dict[str, list]:
+        """What training images are, for a ledger: their numbers in `row`, from 0."""
+        return {"row": list(numbers)}
 
     def _stored(self, split, numbers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         file, numbers = self._files[split], np.asarray(numbers, np.int64)
@@ -107,8 +115,9 @@ class ImageData:
         num_steps: int,
         rows: tuple[int, int] | None = None,
         prefetch: int = 4,
+        numbered: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of training images; the arguments are those of `order.train_batches`.
+        """Batches of training images; the arguments are those of `order`.
 
         Mirroring and shifting depend on the seed and the place in the stream alone.
         """
@@ -124,13 +133,13 @@ class ImageData:
 
         return order.train_batches(
             read,
-            self.num_rows("train"),
+            order.Stream([self.num_rows("train")], [1], seed),
             batch_size=batch_size,
-            seed=seed,
             start_step=start_step,
             num_steps=num_steps,
             rows=rows,
             prefetch=prefetch,
+            numbered=numbered,
         )
 
     def eval_batches(

@@ -7,6 +7,7 @@ cannot run code of its choice.
 import dataclasses
 import importlib
 import json
+import re
 from typing import Any
 
 from moe_jax.config import Config, Node
@@ -26,7 +27,7 @@ def to_dict(value: Any) -> Any:
 
 def _class_named(name: str) -> type[Node]:
     module, _, attribute = str(name).rpartition(".")
-    if module.split(".")[0] != "moe_jax":
+    if not re.fullmatch(r"moe_jax(\.\w+)*\.\w+", str(name), re.ASCII):
         raise UserError(f"config class {name!r}: only classes of moe_jax are loaded")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -67,7 +68,7 @@ def from_json(text: str) -> Config:
     """Raises UserError where the text is not a config."""
     try:
         config = from_dict(json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"not a saved config: {error}") from None
     if not isinstance(config, Config):
         raise UserError("not a saved config: the outermost object is no Config")

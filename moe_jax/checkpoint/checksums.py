@@ -15,13 +15,16 @@ a chance of about 2**-64, as for any other damage. A plain sum of words times od
 weights would not do: two numbers that differ in sign only could change places.
 
 Sums that wrap around do not depend on order, so every shard is summed where it lies,
-with its global positions, and only two words a shard travel.
+with its global positions, and only two words a shard travel. For the same reason an
+array may be summed in parts, one for each position of a dimension (each expert), and
+the parts add up to the checksum of the whole: they cost nothing.
 
 Cost: each array is read once, with about 45 integer operations a word, in one fused
 loop without temporaries of array size.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -37,12 +40,25 @@ _INDEX_RANGE = 2**32
 
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Returns 16 hexadecimal digits for each leaf. Waits for the arrays.
+    """Returns 16 hexadecimal digits for each leaf; as `in_parts`."""
+    return {name: total(parts) for name, parts in in_parts(leaves, {}).items()}
 
-    In a program of several processes all of them must call it together.
+
+def in_parts(
+    leaves: Mapping[str, jax.Array], dimensions: Mapping[str, int]
+) -> dict[str, list[str]]:
+    """The checksums of the parts of each leaf, whose `total` is that of the leaf.
+
+    Waits for the arrays. In a program of several processes all of them must call it
+    together.
 
     Args:
       leaves: arrays of any shape and sharding, of any real dtype.
+      dimensions: of leaves that have a part for each position of a dimension; others
+        are one part.
+
+    Returns:
+      16 hexadecimal digits a part, by name of the leaf.
 
     Raises:
       ValueError: a complex array.
@@ -56,17 +72,29 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     pending = {}
     for (place, apart), names in groups.items():
         arrays = [leaves[name] for name in names]
+        dims = tuple(dimensions.get(name) for name in names)
         if isinstance(place, Mesh):
             specs = tuple(array.sharding.spec for array in arrays)
-            sums = _sharded_sums(place, specs)(arrays)
+            sums = _sharded_sums(place, specs, dims)(arrays)
         else:
-            sums = _whole_sums(arrays)
+            sums = _whole_sums(arrays, dims)
         pending[place, apart] = np.asarray(sums) if apart else sums
     found = {}
     for group, names in groups.items():
-        for name, (low, high) in zip(names, np.asarray(pending[group]), strict=True):
-            found[name] = f"{high:08x}{low:08x}"
+        rows = iter(np.asarray(pending[group]).tolist())
+        for name in names:
+            dim = dimensions.get(name)
+            count = 1 if dim is None else leaves[name].shape[dim]
+            taken = itertools.islice(rows, count)
+            found[name] = [f"{high:08x}{low:08x}" for low, high in taken]
     return {name: found[name] for name in leaves}
+
+
+def total(parts: Sequence[str]) -> str:
+    """The checksum of an array from those of its parts."""
+    words = [(int(part[:8], 16), int(part[8:], 16)) for part in parts]
+    high, low = (sum(column) % _INDEX_RANGE for column in zip(*words, strict=True))
+    return f"{high:08x}{low:08x}"
 
 
 def _place(leaf: jax.Array) -> Mesh | Sharding:
@@ -74,21 +102,25 @@ def _place(leaf: jax.Array) -> Mesh | Sharding:
     return sharding.mesh if isinstance(sharding, NamedSharding) else sharding
 
 
-@jax.jit
-def _whole_sums(leaves: list[jax.Array]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _whole_sums(leaves: list[jax.Array], dims: tuple[int | None, ...]) -> jax.Array:
     leaves = host.fetched(leaves)
-    return jnp.stack([_sums(leaf, (0,) * leaf.ndim, leaf.shape) for leaf in leaves])
+    found = [
+        _sums(leaf, (0,) * leaf.ndim, leaf.shape, dim)
+        for leaf, dim in zip(leaves, dims, strict=True)
+    ]
+    return jnp.concatenate(found)
 
 
 @functools.lru_cache(maxsize=16)
-def _sharded_sums(mesh: Mesh, specs: tuple[P, ...]):
+def _sharded_sums(mesh: Mesh, specs: tuple[P, ...], dims: tuple[int | None, ...]):
     """The program for leaves on a mesh; its result is replicated.
 
     Written out per shard: left to the compiler, the fused reduction of `_sums` gathers
     every array on every device first.
     """
 
-    def shard_sums(x: jax.Array, spec: P) -> jax.Array:
+    def shard_sums(x: jax.Array, spec: P, dim: int | None) -> jax.Array:
         names = [() if a is None else a for a in spec] + [()] * (x.ndim - len(spec))
         names = [n if isinstance(n, tuple) else (n,) for n in names]
         shards = [math.prod(mesh.shape[a] for a in n) for n in names]
@@ -98,25 +130,35 @@ def _sharded_sums(mesh: Mesh, specs: tuple[P, ...]):
             for n, size in zip(names, x.shape, strict=True)
         ]
         used = sum(names, ())
-        sums = _sums(x, starts, shape)
+        sums = _sums(x, starts, shape, dim)
+        if dim is not None and names[dim]:  # Each shard has the sums of its parts.
+            rows = jnp.arange(shape[dim], dtype=jnp.uint32) - starts[dim]
+            here = rows < x.shape[dim]  # Below 0 it wraps around.
+            rows = jnp.where(here, rows, 0)
+            sums = jnp.where(here[:, None], sums[rows], jnp.uint32(0))
         return jax.lax.psum(sums, used) if used else sums
 
     def all_sums(leaves: list[jax.Array]) -> jax.Array:
-        return jnp.stack(
-            [shard_sums(x, spec) for x, spec in zip(leaves, specs, strict=True)]
-        )
+        given = zip(leaves, specs, dims, strict=True)
+        return jnp.concatenate([shard_sums(x, spec, dim) for x, spec, dim in given])
 
     sums = jax.shard_map(all_sums, mesh=mesh, in_specs=(list(specs),), out_specs=P())
     return jax.jit(lambda leaves: sums(host.fetched(leaves)))
 
 
-def _sums(x: jax.Array, starts: Sequence, shape: Sequence[int]) -> jax.Array:
-    """The two sums, shape (2,), uint32, of a block of an array.
+def _sums(
+    x: jax.Array, starts: Sequence, shape: Sequence[int], dim: int | None
+) -> jax.Array:
+    """The two sums of a block of an array, uint32, of each of its parts.
 
     Args:
       x: the block.
       starts: position of its first element in the array, one number a dimension.
       shape: of the whole array.
+      dim: the dimension whose positions are the parts; None: there is one.
+
+    Returns:
+      (parts in the block, 2).
     """
     hashes = _words(x)
     if hashes.ndim > x.ndim:
@@ -126,14 +168,13 @@ def _sums(x: jax.Array, starts: Sequence, shape: Sequence[int]) -> jax.Array:
     if not hashes.ndim:
         hashes = _finalize(hashes)
     # One reduction with two results: two of them would keep the hashes in memory.
-    return jnp.stack(
-        jax.lax.reduce(
-            (hashes, _finalize(hashes + jnp.uint32(0x9E3779B9))),
-            (jnp.uint32(0), jnp.uint32(0)),
-            lambda a, b: (a[0] + b[0], a[1] + b[1]),
-            range(hashes.ndim),
-        )
+    sums = jax.lax.reduce(
+        (hashes, _finalize(hashes + jnp.uint32(0x9E3779B9))),
+        (jnp.uint32(0), jnp.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        [axis for axis in range(hashes.ndim) if axis != dim],
     )
+    return jnp.stack(sums, axis=-1).reshape(-1, 2)
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ the path names of the leaves, written by Orbax) and `manifest/data.json` (see
 Orbax writes a step under a temporary name and renames it when it is complete; both
 parts are there or neither is.
 
-What Orbax lacks and this module adds: checksums (a flipped bit in the arrays is
-loaded silently otherwise), a return to the step before when the newest is damaged,
-and a readable difference when the checkpoint is of another model.
+What Orbax lacks and this module adds: checksums of leaves and experts (a flipped bit in
+the arrays is loaded silently otherwise), a return to the step before when the newest is
+damaged, and a readable difference when the checkpoint is of another model.
 
 `gs://` and `s3://` folders are passed through to Orbax and etils; that has not been
 run. Processes of one run must share the folder and call `save`, `wait`, `restore` and
@@ -26,8 +26,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import manifest, trees
-from moe_jax.checkpoint.checksums import checksums
-from moe_jax.checkpoint.failures import DamagedError, on_all_processes, reason
+from moe_jax.checkpoint.checksums import in_parts
+from moe_jax.checkpoint.failures import (
+    DamagedError,
+    on_all_processes,
+    reason,
+    unlistable,
+)
 from moe_jax.config import CheckpointConfig
 from moe_jax.errors import UserError
 
@@ -57,7 +62,12 @@ class Checkpoints:
     """All checkpoints of one workdir: async save, keep policy, verified restore."""
 
     def __init__(
-        self, folder: str, config: CheckpointConfig, *, read_only: bool = False
+        self,
+        folder: str,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        experts: Mapping[str, int] | None = None,
     ):
         """Opens a folder; a writer makes it and clears away unfinished saves.
 
@@ -65,6 +75,8 @@ class Checkpoints:
           folder: local path or bucket address.
           config: when to save and what to keep.
           read_only: never write, delete or create anything.
+          experts: which dimension of a leaf counts experts, by the leaf's name; these
+            get a checksum each. Restoring does not need it.
 
         Raises:
           UserError: the folder cannot be made or read.
@@ -74,6 +86,7 @@ class Checkpoints:
             self._folder = self._folder.absolute()  # Orbax refuses relative paths.
         self._config = config
         self._read_only = read_only
+        self._experts = dict(experts or {})
         self._pending: tuple[int, Any] | None = None
         self._superseded: list[int] = []
         try:
@@ -96,12 +109,17 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.pytree.loading.partial_load = True
-        self._manager = ocp.training.Checkpointer(
-            self._folder,
-            context=context,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=not self._read_only,
-        )
+        try:
+            self._manager = ocp.training.Checkpointer(
+                self._folder,
+                context=context,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=not self._read_only,
+            )
+        except OSError:
+            raise
+        except Exception as error:
+            raise unlistable(self._folder, error) from None
         self._find_hollow()
 
     def _find_hollow(self) -> None:
@@ -147,7 +165,8 @@ class Checkpoints:
             if step in self.steps():
                 return False
             leaves = trees.named_leaves(state)
-            contents = manifest.make(step, data, leaves, checksums(leaves))
+            parts = in_parts(leaves, self._experts)
+            contents = manifest.make(step, data, leaves, parts, self._experts)
             # Orbax refuses arrays without elements; the manifest has them.
             stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
             response = self._manager.save_checkpointables_async(
@@ -269,10 +288,9 @@ class Checkpoints:
 
         def read_manifest():
             found = self._manager.load_checkpointables(step, {_MANIFEST: None})
-            manifest.check(found[_MANIFEST], step)
-            return found[_MANIFEST]
+            return found[_MANIFEST], manifest.check(found[_MANIFEST], step)
 
-        contents = on_all_processes(read_manifest)
+        contents, dims = on_all_processes(read_manifest)
         saved = {
             name: entry
             for name, entry in contents["leaves"].items()
@@ -287,12 +305,10 @@ class Checkpoints:
                 f"step {step} of {self._folder} does not fit this config "
                 "(checkpoint -> config):\n" + "\n".join(f"  {line}" for line in lines)
             )
+        manifest.check_layout(step, dims, self._experts)
         leaves = on_all_processes(lambda: self._read_arrays(step, targets))
-        found = checksums(leaves)
-        bad = [name for name in leaves if found[name] != saved[name]["checksum"]]
-        if bad:
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise DamagedError(f"leaf {bad[0]}{more}: checksum differs")
+        found = in_parts(leaves, dims)
+        manifest.verify(contents, found)
         return list(leaves.values()), contents["data"]
 
     def _read_arrays(
@@ -308,6 +324,10 @@ class Checkpoints:
             tree = {_STATE: trees.nested(stored)}
             found = self._manager.load_checkpointables(step, tree)[_STATE]
             leaves = trees.named_leaves(found)
+            # Of a leaf that its index lacks Orbax gives back what it was asked for.
+            lost = [n for n in stored if not isinstance(leaves.get(n), jax.Array)]
+            if lost:
+                raise ValueError(f"leaf {lost[0]} is not among its arrays")
         return {
             name: leaves[name]
             if name in stored

@@ -43,7 +43,7 @@ def read_json(path: str) -> dict[str, Any]:
         found = json.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a JSON object")
@@ -58,8 +58,11 @@ def read_config(folder: str) -> dict[str, Any]:
     """
     if not os.path.isdir(folder):
         raise UserError(f"--checkpoint={folder}: no such folder")
-    config = read_json(os.path.join(folder, CONFIG))
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    config = read_json(inside(folder, CONFIG))
+    about = config.get("quantization_config") or {}
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}/{CONFIG}: quantization_config must be an object")
+    method = about.get("quant_method")
     if method is not None and method not in _QUANTIZED:
         raise UserError(
             f"{folder}/{CONFIG}: weights quantised by {method!r} are not read; "
@@ -76,7 +79,7 @@ def read_tensors(folder: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """
     stored: dict[str, Stored] = {}
     for name, expected in _files(folder).items():
-        path = os.path.join(folder, name)
+        path = inside(folder, name)
         found = tensor_file.read_header(path)
         if expected is not None and found.keys() != expected:
             wrong = sorted(found.keys() ^ expected)
@@ -87,9 +90,11 @@ def read_tensors(folder: str, config: dict[str, Any]) -> dict[str, Tensor]:
             )
         stored |= found
     block = (config.get("quantization_config") or {}).get("weight_block_size")
-    block = tuple(block or _FP8_BLOCK)
+    block = tuple(block or _FP8_BLOCK) if isinstance(block, list | None) else ()
     if len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise UserError(f"{folder}/{CONFIG}: weight_block_size={list(block)}")
+        raise UserError(
+            f"{folder}/{CONFIG}: weight_block_size must be two sizes of 1 or more"
+        )
     return quantized.whole(stored, block)
 
 
@@ -117,9 +122,33 @@ def _files(folder: str) -> dict[str, set[str] | None]:
     return files
 
 
+def inside(folder: str, name: str) -> str:
+    """The path of a file of a folder, which does not lead out of it by links.
+
+    A snapshot in the cache of Hugging Face's hub consists of links to the folder
+    `blobs` beside it; these are followed.
+
+    Raises:
+      UserError: it leads elsewhere.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return path
+    root, found = os.path.realpath(folder), os.path.realpath(path)
+    roots = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    if not any(found.startswith(r.rstrip(os.sep) + os.sep) for r in roots):
+        raise UserError(
+            f"{path} is a link that leads out of the folder, to {found}; put a copy of "
+            "the file there if it belongs to the model"
+        )
+    return path
+
+
 def copy_beside(source: str, target: str) -> list[str]:
     """Copies tokenizer and the like; returns the names of the files."""
-    names = [n for n in BESIDE if os.path.isfile(os.path.join(source, n))]
+    names = [n for n in BESIDE if os.path.isfile(inside(source, n))]
     os.makedirs(target, exist_ok=True)
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))

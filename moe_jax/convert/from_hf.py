@@ -73,7 +73,7 @@ def family_of(data: Mapping[str, Any], where: str) -> Family:
       UserError: it is none of those known.
     """
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type={kind!r} is not known{nearest(str(kind), FAMILIES)} "
             f"(families: {', '.join(FAMILIES)})"
@@ -91,7 +91,14 @@ def read(checkpoint: str) -> Source:
     where = os.path.join(checkpoint, folder.CONFIG)
     family = family_of(data, where)
     fields = Fields(data, where)
-    decoder = family.decoder(fields)
+    try:
+        decoder = family.decoder(fields)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        # A list where a number should be, a length of zero, and the like.
+        raise UserError(
+            f"{where}: is no config of {family.model_type}; a value is of another kind "
+            f"({type(e).__name__}: {e})"
+        ) from None
     ahead = fields.integer("num_nextn_predict_layers", 0) if family.ahead else 0
     longest = fields.integer("max_position_embeddings", 2048)
     tensors = folder.read_tensors(checkpoint, data)

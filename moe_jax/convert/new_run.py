@@ -27,7 +27,9 @@ def save(parts: Parts, found: dict[str, Any], made: str, imported: str) -> None:
     )
     state = setup.state_from(parts, found[mapping.PARAMS], router_state)
     checkpoints = Checkpoints(
-        workdir.checkpoint_folder(made, parts.config), parts.config.checkpoint
+        workdir.checkpoint_folder(made, parts.config),
+        parts.config.checkpoint,
+        experts=parts.experts,
     )
     # No content hash: it has seen no data of ours.
     beside = {"step": 0, "rows": 0, "imported": os.path.abspath(imported)}

@@ -94,7 +94,7 @@ def read_header(path: str) -> dict[str, Stored]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: its header is not a table of tensors")
@@ -116,7 +116,7 @@ def _entry(path: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int,
         first, last = entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{path}: the header's entry of {name} is damaged") from None
-    if type_name not in TYPES:
+    if not isinstance(type_name, str) or type_name not in TYPES:
         raise UserError(f"{path}: {name} is of type {type_name!r}, which is not known")
     if not all(map(is_size, (*shape, first, last))):
         raise UserError(f"{path}: the header's entry of {name} is damaged")

@@ -91,7 +91,9 @@ def damage():
     """Within it, what a wrong manifest or file makes Python raise is a DamagedError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DamagedError:
+        raise
+    except Exception as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from None
 
 
@@ -124,6 +126,8 @@ def checked(path: Path, entry: dict[str, Any]) -> Path:
     name = entry["name"]
     if not name or name != os.path.basename(name) or name in (".", ".."):
         raise DamagedError(f"file name {name!r}")
+    if (path / name).resolve().parent != path.resolve():
+        raise DamagedError(f"{name} is a link that leads out of the folder")
     size = (path / name).stat().st_size
     if size != entry["size_bytes"]:
         raise DamagedError(f"{name} has {size} bytes, not {entry['size_bytes']}")

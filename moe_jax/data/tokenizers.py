@@ -1,8 +1,9 @@
 """Tokenizers: bytes to token ids and back."""
 
+import contextlib
 import hashlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ class BytesTokenizer:
         return {"kind": "bytes", "bos_id": self.bos_id, "eos_id": self.eos_id}
 
 
+@contextlib.contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """Within it, what the package `tokenizers` makes of a wrong file is a UserError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The package raises the bare class, and a panic of its Rust is no Exception.
+    except BaseException as error:
+        raise UserError(f"{where} is no tokenizer.json that works: {error}") from None
+
+
 class HuggingFaceJsonTokenizer:
     """What `HuggingFaceTokenizer` configures; see `BytesTokenizer`.
 
@@ -97,10 +110,9 @@ class HuggingFaceJsonTokenizer:
                 f"{where}: cannot read it ({error.strerror}); give the tokenizer.json "
                 "of a Hugging Face model"
             ) from None
-        try:
+        self._where = where
+        with _damage(where):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the package raises the bare class
-            raise UserError(f"{where} is no tokenizer.json: {error}") from None
         # A file may ask for either, which would cut or lengthen documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -136,14 +148,16 @@ class HuggingFaceJsonTokenizer:
                 "data.tokenizer=Bytes(), which takes any bytes"
             ) from None
         self._tokenizer.encode_special_tokens = not markup
-        encoding = self._tokenizer.encode(decoded, add_special_tokens=False)
+        with _damage(self._where):
+            encoding = self._tokenizer.encode(decoded, add_special_tokens=False)
         return np.asarray(encoding.ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """UTF-8 of the ids; special tokens are left out."""
         specials = {self.bos_id, self.eos_id}
         ids = [i for i in np.asarray(ids).reshape(-1).tolist() if i not in specials]
-        return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
+        with _damage(self._where):
+            return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready; equal descriptions mean equal ids."""

@@ -76,6 +76,11 @@ def is_gathered(axis: str | None) -> bool:
     return axis is not None and axis.partition("@")[0] in _GATHERED
 
 
+def counts_experts(axis: str | None) -> bool:
+    """Whether the positions of a weight's dimension are experts."""
+    return axis is not None and axis.partition("@")[0] == "expert"
+
+
 def whole_axes(axes: Axes) -> Axes:
     """The axes of a weight that is gathered."""
     return tuple(None if is_gathered(axis) else axis for axis in axes)

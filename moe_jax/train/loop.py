@@ -47,7 +47,9 @@ def train(config: Config, folder: str) -> int:
     kind_of(config).check(config, data)
     parts = setup.make_parts(config)
     checkpoints = Checkpoints(
-        workdir.checkpoint_folder(folder, config), config.checkpoint
+        workdir.checkpoint_folder(folder, config),
+        config.checkpoint,
+        experts=parts.experts,
     )
     try:
         changed = []

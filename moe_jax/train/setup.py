@@ -43,6 +43,11 @@ class Parts:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
     @property
+    def experts(self) -> dict[str, int]:
+        """Which dimension of a leaf of the state counts experts, by its path name."""
+        return state.expert_dimensions(self.abstract, self.model.axes)
+
+    @property
     def eval_batch_size(self) -> int:
         """Rows of an evaluation batch: one micro-batch."""
         return self.config.train.batch_size // self.config.train.accumulation

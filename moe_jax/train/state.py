@@ -98,6 +98,39 @@ def state_shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
+def expert_dimensions(state: TrainState, axes: Params) -> dict[str, int]:
+    """Which dimension of a leaf counts experts, by path name.
+
+    Of the weights with an axis of experts, and of what belongs to one of them in its
+    shape or by blocks of another dimension: averages and moments.
+
+    Args:
+      state: abstract or concrete.
+      axes: logical axes of all parameters.
+    """
+    flat_axes = named_leaves(axes, is_leaf=lambda v: isinstance(v, tuple))
+    places = {
+        name: [rules.counts_experts(axis) for axis in axes].index(True)
+        for name, axes in flat_axes.items()
+        if any(map(rules.counts_experts, axes))
+    }
+    shapes = {
+        name: leaf.shape
+        for part in (state.params, state.frozen)
+        for name, leaf in named_leaves(part).items()
+    }
+    found = {}
+    for name, leaf in named_leaves(state).items():
+        weight = owner(name, shapes)
+        if weight not in places:
+            continue
+        dim, whole = places[weight], shapes[weight]
+        same = leaf.shape == whole or moments.is_blocks(leaf.shape, whole)
+        if same and leaf.shape[dim] == whole[dim]:
+            found[name] = dim
+    return found
+
+
 def owner(name: str, params: Collection[str]) -> str:
     """The parameter that a leaf of this path name belongs to; "" if it is of none.
 

@@ -93,7 +93,9 @@ def test_flipped_bits(kind, saved, restore, same_bits):
 
 
 def test_flips_would_pass_without_checksums(monkeypatch, saved, restore, same_bits):
-    monkeypatch.setattr(store, "checksums", lambda leaves: dict.fromkeys(leaves, "0"))
+    monkeypatch.setattr(
+        store, "in_parts", lambda leaves, dims: {k: ["0" * 16] for k in leaves}
+    )
     folder, states = saved()
     found = list(flip_bits(folder, restore, 5))
     assert any(r.step == 40 and not same_bits(r.state, states[40]) for r in found)
@@ -103,9 +105,11 @@ def test_falls_back_with_a_note(monkeypatch, tmp_path, mesh_of, placed, restore)
     saver = Checkpoints(str(tmp_path), CONFIG)
     states = {s: placed(tree("ramp", s), mesh_of((2, 4))) for s in (20, 40)}
     saver.save(20, states[20], {"position": 20})
-    real = store.checksums
+    real = store.in_parts
     monkeypatch.setattr(
-        store, "checksums", lambda x: {k: v[::-1] for k, v in real(x).items()}
+        store,
+        "in_parts",
+        lambda *given: {k: [v[0][::-1]] for k, v in real(*given).items()},
     )
     saver.save(40, states[40], {"position": 40})
     monkeypatch.undo()
@@ -228,3 +232,29 @@ def test_reader_passes_over_an_empty_folder(saved, restore):
     restored = restore(folder)
     assert restored.step == 40 and restored.notes == []
     assert (folder / "60").exists()
+
+
+@pytest.mark.parametrize("text", ["1e308", "[]", '{"metrics": 7}', "{", "\0"])
+def test_metadata_that_keeps_the_steps_from_being_listed(text, saved, restore):
+    """Orbax reads it of every step; without it, it goes on."""
+    folder, _ = saved()
+    path = folder / "40" / "_CHECKPOINT_METADATA"
+    path.write_text(text)
+    try:
+        assert restore(folder).step in (20, 40)
+    except UserError as error:
+        assert f"{path} is damaged; delete it" in str(error)
+        assert "\n" not in str(error)
+    path.unlink()
+    restored = restore(folder)
+    assert restored.step == 40 and restored.notes == []
+
+
+def test_a_leaf_that_the_index_lacks(saved, restore):
+    """Orbax gives back the target in its place."""
+    folder, _ = saved()
+    path = folder / "40" / "state" / "_METADATA"
+    path.write_text(path.read_text().replace('"key": "step"', '"key": "stop"'))
+    restored = restore(folder)
+    assert restored.step == 20
+    assert "leaf step is not among its arrays" in restored.notes[0]

@@ -238,7 +238,7 @@ def test_names_that_would_collide_on_disk(tree):
 
 def test_another_format_is_refused(monkeypatch):
     monkeypatch.setattr(manifest, "FORMAT", 2)
-    contents = manifest.make(1, {}, {}, {})
+    contents = manifest.make(1, {}, {}, {}, {})
     monkeypatch.undo()
     with pytest.raises(UserError, match="format 2; this version of moe_jax reads"):
         manifest.check(contents, 1)

@@ -120,6 +120,11 @@ def test_leaves_hold_the_tensors(hub, tmp_path, good):
         np.testing.assert_array_equal(experts[ours][1, 2], w.T)
     np.testing.assert_array_equal(params["output"], tensors["lm_head.weight"].T)
     np.testing.assert_array_equal(block["moe"]["scorer"]["w"][1], tensors[GATE].T)
+    # Its manifest lists the experts, as that of a training run does.
+    made = tmp_path / "run" / "checkpoints" / "0" / "manifest" / "data.json"
+    listed = json.loads(made.read_text())["experts"]["leaves"]
+    assert {entry["count"] for entry in listed.values()} == {experts["w_up"].shape[1]}
+    assert "params/segment_0/block_0/moe/experts/w_up" in listed
 
 
 def test_round_trip_in_several_files(tmp_path, good):

@@ -23,9 +23,14 @@ class Fields:
     Attributes:
       data: the object.
       where: its file, for messages.
+
+    Raises:
+      UserError: `data` is no object.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str):
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where}: must be an object, not {data!r}")
         self.data = data
         self.where = where
         self._read: set[str] = set()

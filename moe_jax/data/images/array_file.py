@@ -87,8 +87,9 @@ def _open_split(path: Path, manifest: dict[str, Any], name: str) -> ImageFile:
     split = manifest["splits"][name]
     files = {k: prepared.checked(path, entry) for k, entry in split["files"].items()}
     shape = (split["images"], *manifest["shape"])
-    images = np.zeros(shape, manifest["dtype"])
-    if split["images"]:  # an empty file cannot be mapped
+    if not split["images"]:  # an empty file cannot be mapped
+        images = np.zeros(shape, manifest["dtype"])
+    else:
         images = np.memmap(files["images"], manifest["dtype"], mode="r", shape=shape)
     if images.nbytes != split["files"]["images"]["size_bytes"]:
         raise DamagedError(f"{files['images'].name} has another number of images")

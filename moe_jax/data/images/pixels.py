@@ -1,6 +1,7 @@
 """From files and arrays of all sorts to uint8 (H, W, C), and what was done for it."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from moe_jax.errors import UserError
 
 # Modes of Pillow that are arrays as they are; others are read as one of these.
 _PLAIN = ("L", "LA", "RGB", "RGBA")
+# A file of a megabyte may say that it holds a hundred times as many.
+_MOST_PIXELS = 2**26
 _COLOURS = {1: "grey", 3: "in colour"}
 
 
@@ -25,6 +28,8 @@ def decode(content: bytes, name: str) -> np.ndarray:
     formats = ("PNG", "JPEG")
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
+            if math.prod(image.size) > _MOST_PIXELS:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
             image.verify()  # the checksums of a PNG, up to its end
         with Image.open(io.BytesIO(content), formats=formats) as image:
             image.load()

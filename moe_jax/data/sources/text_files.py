@@ -99,13 +99,25 @@ def find(source: config_lib.SourceConfig) -> list[tuple[str, Path]]:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones and those in hidden folders."""
+    """All files below a folder but hidden ones and those in hidden folders.
+
+    Raises:
+      UserError: one is a link that leads out of the folder.
+    """
+    inside = os.path.realpath(root) + os.sep
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+            if name.startswith(".") or not path.is_file():
+                continue
+            if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+                raise UserError(
+                    f"data.source: {str(path)!r} is a link that leads out of the "
+                    f"folder, to {os.path.realpath(path)!r}; put a copy there if it "
+                    "belongs to the data (a glob takes links as they are)"
+                )
+            yield path
 
 
 def file_digest(path: Path, source: config_lib.SourceConfig) -> bytes:

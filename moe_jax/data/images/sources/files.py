@@ -1,12 +1,18 @@
 """Single files of a source: reading them, and what stands for their content."""
 
 import hashlib
+import math
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from moe_jax.errors import UserError, nearest
+
+_HEADS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def read(path: str, field: str) -> bytes:
@@ -59,9 +65,30 @@ def arrays(path: str, field: str, names: list[str]) -> list[np.ndarray]:
                     f"{sorted(found)}{nearest(name, found)}"
                 )
         try:
+            for name in names:
+                _check_member(found.zip, name)
             return [found[name] for name in names]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy, zipfile and zlib raise many classes
             raise unreadable(path, field, error) from None
+
+
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """Checks the head of an array before memory is taken for it.
+
+    Raises:
+      ValueError: it asks for more than the archive holds.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in _HEADS:
+            raise ValueError(f"array {name!r} is of npy version {version}")
+        shape, _, dtype = _HEADS[version](member)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(
+            f"array {name!r} is {dtype} {shape} by its head, and has {info.file_size} "
+            "bytes"
+        )
 
 
 def array(path: str, field: str) -> np.ndarray:
@@ -80,5 +107,5 @@ def _numpy(path: str, field: str) -> np.ndarray | np.lib.npyio.NpzFile:
         return np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise unreadable(path, field, error.strerror or error) from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy raises many classes for damaged files
         raise unreadable(path, field, f"no npy or npz file: {error}") from None

@@ -1,8 +1,10 @@
 """IDX files, the format of MNIST, compressed with gzip or not."""
 
 import gzip
+import io
 import math
 import zlib
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +22,8 @@ _TYPES = {
     0x0D: np.dtype(">f4"),
     0x0E: np.dtype(">f8"),
 }
+_MOST_DIMS = 8
+_MOST_UNPACKED = 1032  # Bytes that deflate can make of one.
 
 
 @config_lib.node
@@ -99,22 +103,32 @@ def read(path: str, field: str) -> np.ndarray:
     Raises:
       UserError: it cannot be read, is no IDX file, or has another size than it says.
     """
-    content = files.read(path, field)
+    content, most = files.read(path, field), 0
+    opened: IO[bytes] = io.BytesIO(content)
+    if content[:2] == b"\x1f\x8b":
+        opened, most = gzip.GzipFile(fileobj=opened), _MOST_UNPACKED * len(content)
     try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        return _array(opened, len(content), max(most, len(content)))
     except (OSError, EOFError, zlib.error) as error:
         raise files.unreadable(path, field, f"damaged gzip: {error}") from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES:
-        raise files.unreadable(path, field, "no IDX file")
-    dtype, begin = _TYPES[content[2]], 4 + 4 * content[3]
-    shape = [-1]
-    if len(content) >= begin:
-        shape = np.frombuffer(content[4:begin], ">u4").tolist()
-    expected = begin + math.prod(shape) * dtype.itemsize
+    except ValueError as error:
+        raise files.unreadable(path, field, error) from None
+
+
+def _array(file: IO[bytes], size: int, most: int) -> np.ndarray:
+    """The array of a file of `size` bytes, which holds at most `most`."""
+    head = file.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES:
+        raise ValueError("no IDX file")
+    dtype, dims = _TYPES[head[2]], head[3]
+    sizes = file.read(4 * dims)
+    shape = np.frombuffer(sizes, ">u4").tolist() if len(sizes) == 4 * dims else [0]
+    expected = math.prod(shape) * dtype.itemsize
+    if not 0 < expected <= most or not 0 < dims <= _MOST_DIMS:
+        raise ValueError(f"IDX file of {size} bytes, its head says {shape}")
+    # One byte more than there should be, and not all that a small file unpacks to.
+    content = file.read(expected + 1)
     if len(content) != expected:
-        raise files.unreadable(
-            path, field, f"IDX file of {len(content)} bytes, its head says {expected}"
-        )
-    array = np.frombuffer(content, dtype, offset=begin).reshape(shape)
+        raise ValueError(f"IDX file of {size} bytes, its head says {shape}")
+    array = np.frombuffer(content, dtype).reshape(shape)
     return array.astype(dtype.newbyteorder("="))

@@ -96,8 +96,9 @@ def table(found: dict[str, list[dict]]) -> list[str]:
     lines.append(f"|---|{'---|' * bins}")
     for name in names:
         columns = zip(*(run["by_time"] for run in found[name]), strict=True)
-        means = (f"{statistics.mean(column):.4f}" for column in columns)
-        lines.append(f"| {name} | {' | '.join(means)} |")
+        cells = map(routers.interval, columns)
+        cells = (f"{mean:.4f} ± {half:.4f}" for mean, half in cells)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

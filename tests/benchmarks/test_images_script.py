@@ -63,4 +63,5 @@ def test_the_table(script, tmp_path):
     assert "| -0.1000 ± 0.0000 better |" in lines[3]
     assert "| +0.0000 ± 0.0000 within noise | 75.0% | 100 |" in lines[3]
     assert "3 seeds, 40 steps. FD of real images: 0.500." in lines[4]
-    assert lines[-1] == "| dit_moe | 1.0000 | 2.0000 |"
+    # Student, 2 degrees of freedom: 4.303 s / sqrt(3), with s of 0.1 and 0.2.
+    assert lines[-1] == "| dit_moe | 1.0000 ± 0.2484 | 2.0000 ± 0.4968 |"

@@ -19,6 +19,7 @@ this launcher, or --timeout: these would fail again, or are meant.
 """
 
 import argparse
+import ctypes
 import os
 import queue
 import shlex
@@ -32,6 +33,9 @@ import time
 _POLL_SECS = 0.05
 _MISTAKES = (2, 126, 127)
 _LONGEST_WAIT = 60.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Loaded here: what runs between fork and exec must not load anything.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -108,6 +112,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def die_with_parent() -> None:
+    """In a child, before its command: SIGKILL when the launcher dies. Linux only."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def status_of(returncode: int) -> int:
     """As a shell says it: 128 + the signal for a process that one has ended."""
     return 128 - returncode if returncode < 0 else returncode
@@ -135,6 +145,7 @@ class Group:
                 stderr=subprocess.STDOUT,
                 # A Ctrl-C of the terminal would reach the children a second time.
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
             self._children.append(child)
             self._readers.append(self._thread(self._copy, index, child.stdout))

@@ -232,3 +232,19 @@ def test_a_signal_ends_the_wait_for_a_restart(launchers):
     _, err = child.communicate(timeout=20)
     assert child.returncode == 130
     assert "stopped while waiting for the restart" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by prctl of Linux")
+def test_a_killed_launcher_takes_its_processes_along(launchers, tmp_path):
+    code = INDEX + f"open(r'{tmp_path}/' + str(os.getpid()), 'w'); time.sleep(100)"
+    child = launchers.start(*launchers.local, "-n", 2, "--", sys.executable, "-c", code)
+    limit = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    child.kill()
+    child.communicate()
+    limit = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in os.listdir(tmp_path)):
+        assert time.monotonic() < limit, "they live on"
+        time.sleep(0.05)

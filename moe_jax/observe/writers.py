@@ -7,6 +7,7 @@ They are written as null, which table readers turn back into "missing".
 import json
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -55,11 +56,17 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a step, on disk as soon as it is written."""
+    """metrics.jsonl: one JSON object a step, on disk as soon as it is written.
+
+    While nothing can be written (a full disk), lines wait in memory, and a warning is
+    printed once; they are written, whole and in order, when there is space again.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self._path = os.fspath(path)
         os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+        self._waiting = b""
+        self._warned = False
         self._file = self._open()
 
     def _open(self):
@@ -68,16 +75,31 @@ class MetricsFile:
             with open(self._path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 torn = file.read() != b"\n"
-        file = open(self._path, "a", encoding="utf-8")
-        if torn:
-            file.write("\n")
-        return file
+        self._waiting = b"\n" * torn + self._waiting
+        return open(self._path, "ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends the figures of one step."""
         entry = {"step": int(step)} | jsonable(metrics)
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"moe-jax: WARNING: {self._path} cannot be written: "
+                    f"{error.strerror}; its lines wait in memory",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._warned = True
+
+    def _flush(self) -> None:
+        """Raises OSError where not all could be written; the rest waits on."""
+        while self._waiting:
+            written = self._file.write(self._waiting)
+            self._waiting = self._waiting[written:]
+        self._warned = False
 
     def cut_back(self, step: int) -> int:
         """Drops all lines after `step`, which a resumed run will write again.
@@ -85,7 +107,7 @@ class MetricsFile:
         Returns:
           How many lines were dropped.
         """
-        self._file.close()
+        self.close()
         entries = read_metrics(self._path)
         kept = [e for e in entries if e["step"] <= step]
         text = "".join(json.dumps(jsonable(e)) + "\n" for e in kept)
@@ -94,7 +116,9 @@ class MetricsFile:
         return len(entries) - len(kept)
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where lines wait that still cannot be written."""
+        with self._file:
+            self._flush()
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -106,7 +130,8 @@ class MetricsFile:
 class TensorBoard:
     """TensorBoard event files in a folder.
 
-    tensorboardX is imported and the folder made at the first write.
+    tensorboardX is imported and the folder made at the first write. What cannot be
+    written (a full disk) is left out: its thread ends then, and would be waited for.
     """
 
     def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
@@ -121,8 +146,17 @@ class TensorBoard:
         self._purge = None if resume_step is None else resume_step + 1
         self._writer = None
 
+    def _add(self, method: str, *values: Any, **options: Any) -> None:
+        try:
+            getattr(self._get(), method)(*values, **options)
+        except OSError:
+            self._writer = None
+
+    def _writes(self) -> bool:
+        return self._writer.file_writer.event_writer._worker.is_alive()
+
     def _get(self):
-        if self._writer is None:
+        if self._writer is None or not self._writes():
             from tensorboardX import SummaryWriter
 
             # The name of an event file has whole seconds only: a run that begins
@@ -139,23 +173,26 @@ class TensorBoard:
         for name, value in values.items():
             if isinstance(value, str) or value is None or np.ndim(value):
                 continue
-            self._get().add_scalar(name, float(value), step)
+            self._add("add_scalar", name, float(value), step)
 
     def histogram(self, step: int, name: str, values: Any) -> None:
         """Writes the distribution of an array, such as the load of each expert."""
         array = np.asarray(values, np.float64).ravel()
         if array.size and np.isfinite(array).all():
-            self._get().add_histogram(name, array, step)
+            self._add("add_histogram", name, array, step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes a picture, uint8 (H, W, 1 or 3)."""
-        self._get().add_image(name, np.asarray(pixels), step, dataformats="HWC")
+        self._add("add_image", name, np.asarray(pixels), step, dataformats="HWC")
 
     def flush(self) -> None:
-        if self._writer is not None:
+        if self._writer is not None and self._writes():
             self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._writer is not None and self._writes():
+            try:
+                self._writer.close()
+            except OSError:
+                pass
+        self._writer = None

@@ -1,5 +1,6 @@
 """Metrics on disk survive crashes, resumes and figures that are not finite."""
 
+import errno
 import json
 import math
 
@@ -117,3 +118,54 @@ def test_summary_has_versions_and_valid_json(tmp_path):
     )
     assert data["versions"]["platform"] == "cpu"
     assert "not installed" not in data["versions"].values()
+
+
+class FullDisk:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    file = writers.MetricsFile(path)
+    file.write(1, {"loss": 1.0})
+    disk = file._file = FullDisk(file._file, room=7)
+    for step in (2, 3):  # Seven bytes of the first of them are written.
+        file.write(step, {"loss": float(step)})
+    assert [line["step"] for line in writers.read_metrics(path)] == [1]
+    assert capsys.readouterr().err.count("WARNING") == 1
+    disk.room = 10**6
+    file.write(4, {"loss": 4.0})
+    assert [strict(line)["step"] for line in path.read_text().splitlines()] == [
+        *(1, 2, 3, 4),
+    ]
+    disk.room = 0
+    file.write(5, {"loss": 5.0})
+    with pytest.raises(OSError, match="No space"):
+        file.close()
+
+
+def test_tensorboard_goes_on_when_its_thread_has_ended(tmp_path, monkeypatch):
+    board = writers.TensorBoard(tmp_path)
+    board.scalars(1, {"loss": 1.0})
+    worker = board._writer.file_writer.event_writer._worker
+    worker.stop()  # What a full disk does to it.
+    for step in range(2, 60):  # More than its queue holds.
+        board.scalars(step, {"loss": float(step)})
+    board.close()
+    assert len(list(tmp_path.iterdir())) == 2

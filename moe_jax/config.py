@@ -128,8 +128,12 @@ class TrainConfig(Node):
       max_skipped: with "skip", consecutive bad steps after which the run ends.
       warm_start: workdir of another run whose parameters, and router state if its shape
         is the same, to begin from.
-      watchdog_secs: a step (not the first, which compiles) that takes longer ends
-        the process with a message; 0 turns it off.
+      agree_every: steps between comparisons of the copies of replicated state over
+        devices, which must be equal bit for bit; the run ends where they are not.
+        0 compares never.
+      watchdog_secs: a step, or the wait for its batch, or the start, that takes longer
+        ends the process with a message; 0 turns it off.
+      watchdog_compile_secs: the same for compiling the step.
       ledger: write down which rows each process reads, in `ledger` in the workdir; see
         `moe-jax ledger`.
       compilation_cache: folder of JAX's persistent cache; "" turns it off.
@@ -146,7 +150,9 @@ class TrainConfig(Node):
     nan_policy: str = "skip"
     max_skipped: int = 20
     warm_start: str = ""
+    agree_every: int = 500
     watchdog_secs: float = 600.0
+    watchdog_compile_secs: float = 3600.0
     ledger: bool = False
     compilation_cache: str = "~/.cache/moe_jax/compiled"
     xla_options: str = ""
@@ -168,8 +174,9 @@ class TrainConfig(Node):
             yield f"{path}.nan_policy={self.nan_policy!r}: must be 'skip' or 'stop'"
         if self.max_skipped < 1:
             yield f"{path}.max_skipped={self.max_skipped}: must be at least 1"
-        if self.watchdog_secs < 0:
-            yield f"{path}.watchdog_secs={self.watchdog_secs}: must not be negative"
+        for name in ("agree_every", "watchdog_secs", "watchdog_compile_secs"):
+            if getattr(self, name) < 0:
+                yield f"{path}.{name}={getattr(self, name)}: must not be negative"
         for entry in self.xla_options.split():
             if not entry.startswith("xla_") or "=" not in entry:
                 yield (
@@ -213,15 +220,26 @@ class CheckpointConfig(Node):
       keep_last: newest checkpoints kept.
       keep_every: a checkpoint at a multiple of this many steps is kept for good;
         0 keeps none.
+      retries: saves that fail in a row, training going on, before the run ends; 0 ends
+        it at the first.
+      retry_secs: before the first of them is tried again; twice as long each time, at
+        most ten minutes. (8 failures of 10 s, the defaults, are half an hour.)
+      watchdog_secs: restoring, or a save as far as training waits for it, that takes
+        longer ends the process with a message; 0 turns it off.
     """
 
     folder: str = ""
     every: int = 500
     keep_last: int = 2
     keep_every: int = 0
+    retries: int = 8
+    retry_secs: float = 10.0
+    watchdog_secs: float = 1800.0
 
     def problems(self, path, root):
-        for name, least in (("every", 1), ("keep_last", 1), ("keep_every", 0)):
+        least_of = {"every": 1, "keep_last": 1, "keep_every": 0}
+        least_of |= {"retries": 0, "retry_secs": 0, "watchdog_secs": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 yield f"{path}.{name}={getattr(self, name)}: must be at least {least}"
         if self.keep_every and self.keep_every % max(1, self.every):

@@ -169,14 +169,17 @@ class BaseEvalConfig(Node):
       every: steps between evaluations; 0 evaluates only at the end.
       max_batches: batches per evaluation while training; 0 takes all. The one at the
         end always takes all.
+      watchdog_secs: an evaluation, or the one at the end with its samples, that takes
+        longer ends the process with a message; 0 turns it off.
     """
 
     kind = ""
     every: int = 0
     max_batches: int = 0
+    watchdog_secs: float = 7200.0
 
     def problems(self, path, root):
-        for name in ("every", "max_batches"):
+        for name in ("every", "max_batches", "watchdog_secs"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
 
@@ -195,6 +198,8 @@ class BaseDataConfig(Node):
         or an image); must be 0 for a source that names a validation split of its own.
       prefetch: batches read ahead.
       workers: processes that tokenise, or threads that read images; 0: one a core.
+      watchdog_secs: preparing the data that takes longer ends the process with a
+        message; 0 turns it off.
     """
 
     kind = ""
@@ -205,6 +210,7 @@ class BaseDataConfig(Node):
     validation_fraction: float = 0.05
     prefetch: int = 4
     workers: int = 0
+    watchdog_secs: float = 86400.0
 
     def problems(self, path, root):
         if self.source is None:
@@ -219,7 +225,7 @@ class BaseDataConfig(Node):
                 f"{path}.validation_fraction={self.validation_fraction}: "
                 "must lie in [0, 1)"
             )
-        for name in ("prefetch", "workers"):
+        for name in ("prefetch", "workers", "watchdog_secs"):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
 

@@ -106,7 +106,7 @@ def _place(leaf: jax.Array) -> Mesh | Sharding:
 def _whole_sums(leaves: list[jax.Array], dims: tuple[int | None, ...]) -> jax.Array:
     leaves = host.fetched(leaves)
     found = [
-        _sums(leaf, (0,) * leaf.ndim, leaf.shape, dim)
+        block_sums(leaf, (0,) * leaf.ndim, leaf.shape, dim)
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
     return jnp.concatenate(found)
@@ -116,8 +116,8 @@ def _whole_sums(leaves: list[jax.Array], dims: tuple[int | None, ...]) -> jax.Ar
 def _sharded_sums(mesh: Mesh, specs: tuple[P, ...], dims: tuple[int | None, ...]):
     """The program for leaves on a mesh; its result is replicated.
 
-    Written out per shard: left to the compiler, the fused reduction of `_sums` gathers
-    every array on every device first.
+    Written out per shard: left to the compiler, the fused reduction of `block_sums`
+    gathers every array on every device first.
     """
 
     def shard_sums(x: jax.Array, spec: P, dim: int | None) -> jax.Array:
@@ -130,7 +130,7 @@ def _sharded_sums(mesh: Mesh, specs: tuple[P, ...], dims: tuple[int | None, ...]
             for n, size in zip(names, x.shape, strict=True)
         ]
         used = sum(names, ())
-        sums = _sums(x, starts, shape, dim)
+        sums = block_sums(x, starts, shape, dim)
         if dim is not None and names[dim]:  # Each shard has the sums of its parts.
             rows = jnp.arange(shape[dim], dtype=jnp.uint32) - starts[dim]
             here = rows < x.shape[dim]  # Below 0 it wraps around.
@@ -146,8 +146,8 @@ def _sharded_sums(mesh: Mesh, specs: tuple[P, ...], dims: tuple[int | None, ...]
     return jax.jit(lambda leaves: sums(host.fetched(leaves)))
 
 
-def _sums(
-    x: jax.Array, starts: Sequence, shape: Sequence[int], dim: int | None
+def block_sums(
+    x: jax.Array, starts: Sequence, shape: Sequence[int], dim: int | None = None
 ) -> jax.Array:
     """The two sums of a block of an array, uint32, of each of its parts.
 

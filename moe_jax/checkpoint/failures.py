@@ -3,11 +3,13 @@
 import functools
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import absl.logging  # noqa: F401  It makes the logger that is filtered below.
 import jax
 import numpy as np
 from etils import epath
@@ -21,6 +23,10 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 class DamagedError(Exception):
     """A step that cannot be used; the message says why."""
+
+
+class SaveError(UserError):
+    """A save that failed; the steps before it are untouched."""
 
 
 def on_all_processes(read: Callable[[], _T]) -> _T:
@@ -38,7 +44,7 @@ def on_all_processes(read: Callable[[], _T]) -> _T:
         raise  # Not the checkpoint's fault.
     except Exception as error:
         why = reason(error)
-        _hide_loose_ends()
+        hide_loose_ends()
     good = not why
     if jax.process_count() > 1:
         good = bool(multihost_utils.process_allgather(np.array(good)).all())
@@ -82,9 +88,25 @@ def _is_metadata(path: epath.Path) -> bool:
     )
 
 
+def probe(folder: Any) -> str:
+    """Why a small file cannot be written to a folder, or "".
+
+    Args:
+      folder: an `epath.Path`.
+    """
+    path = folder / f".probe-{jax.process_index()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+        path.unlink()
+    except Exception as error:  # Of a bucket: any type.
+        return reason(error)
+    return ""
+
+
 @functools.cache
-def _hide_loose_ends() -> None:
-    """Drops tracebacks of reads that end after Orbax has given the step up.
+def hide_loose_ends() -> None:
+    """Drops tracebacks of reads and writes that end after Orbax gave the step up.
 
     Tensorstore reports each of them to an event loop that Orbax has closed, from its
     own threads, at any later time: hundreds of lines for one damaged file.

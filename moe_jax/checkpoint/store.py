@@ -25,10 +25,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from moe_jax.checkpoint import manifest, trees
+from moe_jax.checkpoint import failures, manifest, trees
 from moe_jax.checkpoint.checksums import in_parts
 from moe_jax.checkpoint.failures import (
     DamagedError,
+    SaveError,
     on_all_processes,
     reason,
     unlistable,
@@ -109,6 +110,11 @@ class Checkpoints:
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.pytree.loading.partial_load = True
+        if self._config.watchdog_secs:
+            # For processes that wait for another's part; before the watchdog does.
+            context.async_options.timeout_secs = max(
+                1, int(self._config.watchdog_secs / 2)
+            )
         try:
             self._manager = ocp.training.Checkpointer(
                 self._folder,
@@ -148,19 +154,15 @@ class Checkpoints:
           Whether a save was begun.
 
         Raises:
-          UserError: this save, or the one before it in the background, failed. The
+          SaveError: this save, or the one before it in the background, failed. The
             checkpoints before it are untouched.
         """
         if self._read_only:
             raise ValueError("these checkpoints were opened read-only")
-        if self._pending and not self._manager.is_saving_in_progress():
-            self.wait()  # A full disk is reported now, not when the next save is due.
         if not force and step % self._config.every:
             return False
         self.wait()
         try:
-            if self._manager is None:  # It could not be opened after a failure.
-                self._open()
             self._clear_the_way()
             if step in self.steps():
                 return False
@@ -183,7 +185,7 @@ class Checkpoints:
         """Waits until everything is on disk.
 
         Raises:
-          UserError: a save in the background failed.
+          SaveError: a save in the background failed.
         """
         if self._pending is None:
             return
@@ -193,11 +195,27 @@ class Checkpoints:
         except Exception as error:
             raise self._save_error(step, error) from error
 
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._pending is not None and self._manager.is_saving_in_progress()
+
+    def probe(self) -> str:
+        """Why nothing can be written to the folder now, or ""."""
+        return failures.probe(self._folder)
+
+    def forget(self) -> None:
+        """After a save that failed: the folder is listed anew when it is next used.
+
+        All processes must call it, those too in which nothing failed.
+        """
+        failures.hide_loose_ends()
+        self._manager = None
+
     def close(self) -> None:
         """Waits and frees resources; to be called once, at the end.
 
         Raises:
-          UserError: a save in the background failed.
+          SaveError: a save in the background failed.
         """
         try:
             self.wait()
@@ -208,7 +226,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete steps there are, in ascending order; they may be damaged."""
-        if self._read_only:
+        if self._read_only or self._manager is None:
             self._refresh()
         if self._manager is None:
             return []
@@ -367,15 +385,11 @@ class Checkpoints:
             self._manager.reload()
             self._find_hollow()
 
-    def _save_error(self, step: int, error: Exception) -> UserError:
+    def _save_error(self, step: int, error: Exception) -> SaveError:
         # A failed save leaves the manager with a step that is not there.
-        try:
-            self._open()
-            left = _there_are(self.steps())
-        except Exception as second:
-            left = f"the folder cannot be listed ({reason(second)})"
-        return UserError(
-            f"saving step {step} in {self._folder} failed: {reason(error)}; {left}"
+        self.forget()
+        return SaveError(
+            f"saving step {step} in {self._folder} failed: {reason(error)}"
         )
 
 

@@ -2,11 +2,10 @@
 
 A process of a run on many hosts cannot end like any other: a normal exit waits for
 the others, and the others wait in a collective for it. So a failure leaves by
-`exit_now`, a stuck step is ended by `Watchdog`, and a request to stop is agreed upon
-by all processes through `StopSignals`.
+`exit_now`, a stuck process is ended by `watchdog.Watchdog`, and a request to stop is
+agreed upon by all processes through `StopSignals`.
 """
 
-import faulthandler
 import glob
 import importlib.util
 import logging
@@ -15,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import zlib
 from importlib import metadata
 from typing import NoReturn
@@ -238,62 +236,6 @@ def exit_now(code: int) -> NoReturn:
         except (OSError, ValueError):
             pass
     os._exit(code)
-
-
-class Watchdog:
-    """Ends the process when a step takes too long.
-
-    JAX notices a process that died, but not one that is stuck, and then all wait
-    for ever. Pause it around work of unknown length (compiling, final evaluation).
-    """
-
-    def __init__(self, seconds: float, where: str = ""):
-        """Begins to watch at the first `beat`.
-
-        Args:
-          seconds: longest time between beats; 0 turns it off.
-          where: name of this process; default: host and index.
-        """
-        self._seconds = seconds
-        self._where = where or f"{socket.gethostname()} process {jax.process_index()}"
-        self._last: tuple[float, str, int] | None = None
-        self._stopped = threading.Event()
-        if seconds > 0:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-
-    def beat(self, phase: str, step: int = -1) -> None:
-        """Says that the process is alive and what it does next."""
-        self._last = (time.monotonic(), phase, step)
-
-    def pause(self) -> None:
-        """Stops the clock until the next beat."""
-        self._last = None
-
-    def stop(self) -> None:
-        """Ends the watch."""
-        self._stopped.set()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self._seconds / 4)):
-            last = self._last
-            if last and time.monotonic() - last[0] > self._seconds:
-                self._end(*last)
-
-    def _end(self, since: float, phase: str, step: int) -> None:
-        # A pipe of a dead parent or a captured stream must not keep the process.
-        try:
-            at = f" at step {step}" if step >= 0 else ""
-            print(
-                f"watchdog: {self._where}: {phase}{at} has taken "
-                f"{time.monotonic() - since:.0f} s, more than {self._seconds:g} s "
-                "(config.train.watchdog_secs): ending this process. The stack of "
-                "each thread follows.",
-                file=sys.__stderr__,
-                flush=True,
-            )
-            faulthandler.dump_traceback(sys.__stderr__)
-        finally:
-            os._exit(3)
 
 
 class StopSignals:

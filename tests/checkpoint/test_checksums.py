@@ -94,7 +94,7 @@ def test_swap_test_catches_odd_weights(monkeypatch, recompile):
         sums = jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))
         return jnp.stack([sums, sums])[None]
 
-    monkeypatch.setattr(checksums, "_sums", weighted)
+    monkeypatch.setattr(checksums, "block_sums", weighted)
     recompile()
     assert missed_swaps((2, 3)) == [(4, 3)]
 

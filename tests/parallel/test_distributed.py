@@ -143,31 +143,6 @@ def test_says_that_srun_was_forgotten():
     ), result.stderr
 
 
-def test_watchdog_ends_a_stuck_process():
-    begin = time.monotonic()
-    result = python(
-        "dog = distributed.Watchdog(0.5, 'host a process 1')\n"
-        "dog.beat('train step', 7)\n"
-        "time.sleep(50)"
-    )
-    assert result.returncode == 3
-    assert time.monotonic() - begin < 30
-    assert "watchdog: host a process 1: train step at step 7 has taken" in result.stderr
-    assert "line 8 in <module>" in result.stderr  # the stack: where it slept
-
-
-def test_watchdog_lets_beats_and_pauses_live():
-    result = python(
-        # Five times as patient as it must be: other tests run at the same time.
-        "dog = distributed.Watchdog(1, 'x'); time.sleep(1.5)\n"  # not yet armed
-        "for _ in range(8): dog.beat('step'); time.sleep(0.2)\n"
-        "dog.pause(); time.sleep(1.5); dog.beat('step'); dog.stop(); time.sleep(1.5)\n"
-        "off = distributed.Watchdog(0, 'x'); off.beat('step'); time.sleep(0.5)\n"
-        "print('alive')"
-    )
-    assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
-
-
 def test_stop_signals_in_one_process():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with distributed.StopSignals() as stop:

@@ -1,7 +1,6 @@
 """What goes wrong with files, in one line each, and the same on all processes."""
 
 import functools
-import json
 import logging
 import os
 import sys
@@ -12,13 +11,11 @@ from typing import Any, TypeVar
 import absl.logging  # noqa: F401  It makes the logger that is filtered below.
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import UserError
 
 _T = TypeVar("_T")
-_METADATA = "_CHECKPOINT_METADATA"
 
 
 class DamagedError(Exception):
@@ -60,32 +57,6 @@ def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def unlistable(folder: epath.Path, error: Exception) -> UserError:
-    """What to say where Orbax cannot list the steps of a folder.
-
-    It reads a small file of every step for that, and one damaged file is enough.
-    """
-    bad = [path for path in folder.glob(f"*/{_METADATA}") if not _is_metadata(path)]
-    where = ", ".join(sorted(map(str, bad))) or f"a file {_METADATA} of one of them"
-    return UserError(
-        f"the checkpoints in {folder} cannot be listed ({reason(error)}): {where} is "
-        "damaged; delete it (it holds times and names only, and the arrays have "
-        "checksums of their own)"
-    )
-
-
-def _is_metadata(path: epath.Path) -> bool:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    kinds = {"item_handlers": dict, "metrics": dict, "performance_metrics": dict}
-    kinds |= {"init_timestamp_nsecs": int, "commit_timestamp_nsecs": int}
-    return isinstance(found, dict) and all(
-        isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
-    )
 
 
 def probe(folder: Any) -> str:

@@ -25,21 +25,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from moe_jax.checkpoint import failures, manifest, trees
+from moe_jax.checkpoint import failures, folders, manifest, trees
 from moe_jax.checkpoint.checksums import in_parts
 from moe_jax.checkpoint.failures import (
     DamagedError,
     SaveError,
     on_all_processes,
     reason,
-    unlistable,
 )
 from moe_jax.config import CheckpointConfig
 from moe_jax.errors import UserError
 
 _STATE, _MANIFEST = "state", "manifest"
-# Where steps go that a resumed run does not build on. Orbax takes it for no step.
-_SET_ASIDE = "set_aside"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +87,19 @@ class Checkpoints:
         self._experts = dict(experts or {})
         self._pending: tuple[int, Any] | None = None
         self._superseded: list[int] = []
+        self._mended: list[str] = []
         try:
+            if not read_only:
+                self._mend()
             self._open()
         except OSError as error:
             raise UserError(f"checkpoint folder {folder}: {reason(error)}") from error
+
+    def _mend(self) -> None:
+        if jax.process_index() == 0:
+            self._mended = folders.mend(self._folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("moe_jax.checkpoint:mend")
 
     def _open(self) -> None:
         self._manager = None
@@ -125,13 +131,13 @@ class Checkpoints:
         except OSError:
             raise
         except Exception as error:
-            raise unlistable(self._folder, error) from None
+            raise folders.unlistable(self._folder, error) from None
         self._find_hollow()
 
     def _find_hollow(self) -> None:
         # Orbax takes any folder with a number for a checkpoint, an empty one too.
         self._hollow = [
-            c.step for c in self._manager.checkpoints if not _has_entries(c.path)
+            c.step for c in self._manager.checkpoints if not folders.has_entries(c.path)
         ]
 
     def save(self, step: int, state: Any, data: dict, *, force: bool = False) -> bool:
@@ -252,11 +258,12 @@ class Checkpoints:
         """
         restored = self._restore(abstract_state, "", step)
         if restored is not None and not self._read_only:
+            restored.notes[:0] = self._mended
             self._superseded = [s for s in self.steps() if s > restored.step]
             if step is not None and self._superseded:
                 restored.notes.append(
                     f"steps {self._superseded} are newer; the next save moves them to "
-                    f"{self._folder / _SET_ASIDE}"
+                    f"{self._folder / folders.SET_ASIDE}"
                 )
         return restored
 
@@ -362,20 +369,11 @@ class Checkpoints:
             for step in hollow:
                 (self._folder / str(step)).rmdir()
             for step in aside:
-                self._set_aside(step)
+                folders.set_aside(self._folder, step)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("moe_jax.checkpoint:set_aside")
         self._superseded = []
         self._refresh()
-
-    def _set_aside(self, step: int) -> None:
-        folder = self._folder / _SET_ASIDE
-        folder.mkdir(exist_ok=True)
-        target, copies = folder / str(step), 0
-        while target.exists():
-            copies += 1
-            target = folder / f"{step}.{copies}"
-        (self._folder / str(step)).rename(target)
 
     def _refresh(self) -> None:
         """Reads the list of steps from disk again."""
@@ -391,13 +389,6 @@ class Checkpoints:
         return SaveError(
             f"saving step {step} in {self._folder} failed: {reason(error)}"
         )
-
-
-def _has_entries(folder: epath.Path) -> bool:
-    try:
-        return any(folder.iterdir())
-    except FileNotFoundError:  # A writer deleted it just now.
-        return False
 
 
 def _there_are(steps: list[int]) -> str:

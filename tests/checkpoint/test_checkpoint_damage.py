@@ -44,8 +44,8 @@ def saved(tmp_path, mesh_of, placed):
 def restore(mesh_of, placed, abstract):
     """Restores from a folder, onto another mesh than that of `saved`."""
 
-    def run(folder, **kwargs):
-        reader = Checkpoints(str(folder), CONFIG, read_only=True)
+    def run(folder, read_only=True, **kwargs):
+        reader = Checkpoints(str(folder), CONFIG, read_only=read_only)
         try:
             target = abstract(placed(tree("ramp", 0), mesh_of((8,))))
             return reader.restore(target, **kwargs)
@@ -234,8 +234,13 @@ def test_reader_passes_over_an_empty_folder(saved, restore):
     assert (folder / "60").exists()
 
 
-@pytest.mark.parametrize("text", ["1e308", "[]", '{"metrics": 7}', "{", "\0"])
-def test_metadata_that_keeps_the_steps_from_being_listed(text, saved, restore):
+UNLISTABLE = ["1e308", "[]", '{"metrics": 7}', "{", "\0"]
+
+
+@pytest.mark.parametrize("text", UNLISTABLE)
+def test_a_reader_tells_of_metadata_that_keeps_steps_from_being_listed(
+    text, saved, restore
+):
     """Orbax reads it of every step; without it, it goes on."""
     folder, _ = saved()
     path = folder / "40" / "_CHECKPOINT_METADATA"
@@ -245,9 +250,24 @@ def test_metadata_that_keeps_the_steps_from_being_listed(text, saved, restore):
     except UserError as error:
         assert f"{path} is damaged; delete it" in str(error)
         assert "\n" not in str(error)
+    assert path.read_text() == text
     path.unlink()
     restored = restore(folder)
     assert restored.step == 40 and restored.notes == []
+
+
+@pytest.mark.parametrize("text", UNLISTABLE)
+def test_a_writer_renames_metadata_and_goes_on(text, saved, restore):
+    folder, _ = saved()
+    path = folder / "40" / "_CHECKPOINT_METADATA"
+    path.write_text(text)
+    restored = restore(folder, read_only=False)
+    assert restored.step == 40
+    assert restored.notes == [
+        f"{path} was damaged and is renamed; the step is read without it"
+    ]
+    assert not path.exists() and path.with_name(f"{path.name}.damaged").exists()
+    assert restore(folder, read_only=False).notes == []
 
 
 def test_a_leaf_that_the_index_lacks(saved, restore):

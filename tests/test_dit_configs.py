@@ -27,7 +27,7 @@ PUBLISHED = {
 }
 SWITCH = {"switch_dit_s2": "S", "switch_dit_b2": "B", "switch_dit_l2": "L"}
 SWITCH |= {"switch_dit_xl2": "XL"}
-OTHERS = {"digits", "mnist", "diffmoe_l2_imagenet256"}
+OTHERS = {"digits", "mnist", "cifar10", "diffmoe_l2_imagenet256"}
 
 
 def load(name):

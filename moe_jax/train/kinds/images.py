@@ -11,7 +11,14 @@ from moe_jax.errors import UserError
 from moe_jax.infer.images import ImageSampler, classes_in_turn
 from moe_jax.observe.experts import expert_table
 from moe_jax.parallel import distributed
-from moe_jax.quality import classifier, expert_use, heat_maps, pictures, samples
+from moe_jax.quality import (
+    classifier,
+    expert_use,
+    frechet,
+    heat_maps,
+    pictures,
+    samples,
+)
 from moe_jax.train.evaluate_images import BINS, ImageEvaluator, Uses
 from moe_jax.train.kinds.base import Kind
 from moe_jax.train.recorder import Recorder
@@ -40,11 +47,26 @@ def check(config: Config, data: Any) -> None:
             f"--config.model.num_classes={model.num_classes}: the images have "
             f"{classes or 'no'} classes; set it to {classes}"
         )
-    if config.eval.judged and not classes:
-        raise UserError(
-            f"--config.eval.judged={config.eval.judged}: samples are compared by a "
-            "classifier, and the images have no classes; set it to 0"
+    if config.eval.judged:
+        _check_judged(config.eval.judged, classes, data.num_rows("validation"))
+
+
+def _check_judged(count: int, classes: int, held_out: int) -> None:
+    """Whether samples can be compared, before a run that ends with it."""
+    why = ""
+    features = classifier.num_features(min(held_out, _MOST_COMPARED))
+    fewest = frechet.FEWEST_PER_FEATURE * features
+    if not classes:
+        why = "samples are compared by a classifier, and the images have no classes"
+    elif held_out < fewest:
+        why = f"{held_out} held-out images are too few to compare with"
+    elif count < fewest:
+        why = (
+            f"too few to compare; beside {held_out} held-out images {fewest} are "
+            "needed at least"
         )
+    if why:
+        raise UserError(f"--config.eval.judged={count}: {why}; 0 compares none")
 
 
 def line(figures: dict[str, Any]) -> str:

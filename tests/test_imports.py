@@ -112,3 +112,9 @@ def test_modules_form_no_cycle():
         for name in ready:
             del left[name]
     assert sorted(left) == []
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by their base names."""
+    names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

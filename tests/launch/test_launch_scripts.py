@@ -166,7 +166,7 @@ def main():
     distributed.start(MeshConfig(expert=2))
     print(distributed.describe(), flush=True)
 if __name__ == "__main__":
-    common.run(main, lambda: None, [], "start")
+    common.run(main, common.define_hosts, [], "start")
 """
 FOUND = "2 processes on 1 host (found by {}), 2 devices of kind cpu"
 

@@ -34,7 +34,7 @@ def main():
     distributed.barrier("ready")
     {body}
 if __name__ == "__main__":
-    common.run(main, lambda: None)
+    common.run(main, common.define_hosts)
 """
 )
 

@@ -59,7 +59,10 @@ def unlistable(folder: epath.Path, error: Exception) -> UserError:
 
 
 def _damaged(folder: epath.Path) -> list[epath.Path]:
-    found = folder.glob(f"*/{_METADATA}")
+    # Not those of unfinished saves, which Orbax passes over.
+    found = [
+        path for path in folder.glob(f"*/{_METADATA}") if path.parent.name.isdigit()
+    ]
     return sorted(path for path in found if not _is_metadata(path))
 
 

@@ -261,6 +261,9 @@ def test_a_writer_renames_metadata_and_goes_on(text, saved, restore):
     folder, _ = saved()
     path = folder / "40" / "_CHECKPOINT_METADATA"
     path.write_text(text)
+    unfinished = folder / "60.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / path.name).touch()  # It has none yet.
     restored = restore(folder, read_only=False)
     assert restored.step == 40
     assert restored.notes == [

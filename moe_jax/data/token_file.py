@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax.data import documents, prepared, tokenizers, workers
+from moe_jax.data import documents, npy, prepared, tokenizers, workers
 from moe_jax.data.prepared import DamagedError
 from moe_jax.errors import UserError
 
@@ -94,7 +94,7 @@ def _open_split(path: Path, split: dict[str, Any], dtype: str) -> TokenFile:
     tokens = np.zeros(0, dtype)
     if split["tokens"]:  # an empty file cannot be mapped
         tokens = np.memmap(files["tokens"], dtype, mode="r")
-    offsets = np.load(files["offsets"], mmap_mode="r", allow_pickle=False)
+    offsets = npy.mapped(files["offsets"])
     if offsets.dtype != np.int64 or offsets.shape != (split["documents"] + 1,):
         raise DamagedError(f"{files['offsets'].name} has another shape")
     if not offsets[-1] == len(tokens) == split["tokens"]:

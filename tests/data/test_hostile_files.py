@@ -70,9 +70,9 @@ def head(*shape, kind=0x08):
         head(*[1] * 200) + b"x",
         head() + b"x",
         b"\0\0\x08",
-        gzip.compress(head(2**30) + b"x"),
-        gzip.compress(head(100) + bytes(10**7)),
-        gzip.compress(head(100) + bytes(100))[:-6],
+        gzip.compress(head(2**30) + b"x", mtime=0),
+        gzip.compress(head(100) + bytes(10**7), mtime=0),
+        gzip.compress(head(100) + bytes(100), mtime=0)[:-6],
         b"\x1f\x8b" + bytes(20),
     ],
 )

@@ -1,5 +1,6 @@
 """The config of images: its rules, and who takes images and who takes text."""
 
+import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
@@ -65,6 +66,10 @@ def test_default_has_no_problems():
         ),
         ({"source": sources.Latents()}, "images='': must name an npz or npy file"),
         ({"source": sources.Latents(images="a.npz", scale=0.0)}, "scale not 0"),
+        (
+            {"source": sources.Latents(images="a.npz", scale=2**64, shift=np.nan)},
+            "must be finite",
+        ),
         ({"source": sources.Latents(images="a.npy")}, "labels='': must name a file"),
         (
             {"source": sources.Latents(images="a.npz"), "flip": True},

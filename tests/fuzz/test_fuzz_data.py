@@ -55,7 +55,7 @@ def _pictures():
     return found
 
 
-BASES = [_idx(), gzip.compress(_idx())]
+BASES = [_idx(), gzip.compress(_idx(), mtime=0)]
 
 
 @mutations.settings(60)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import config as config_lib
-from moe_jax.data import documents, prepared
+from moe_jax.data import documents, npy, prepared
 from moe_jax.data.images import pixels
 from moe_jax.data.images.examples import Example, Images
 from moe_jax.data.prepared import DamagedError
@@ -93,7 +93,7 @@ def _open_split(path: Path, manifest: dict[str, Any], name: str) -> ImageFile:
         images = np.memmap(files["images"], manifest["dtype"], mode="r", shape=shape)
     if images.nbytes != split["files"]["images"]["size_bytes"]:
         raise DamagedError(f"{files['images'].name} has another number of images")
-    labels = np.load(files["labels"], mmap_mode="r", allow_pickle=False)
+    labels = npy.mapped(files["labels"])
     if labels.dtype != np.int32 or labels.shape != shape[:1]:
         raise DamagedError(f"{files['labels'].name} has another shape")
     return ImageFile(images, labels)

@@ -1,18 +1,13 @@
 """Single files of a source: reading them, and what stands for their content."""
 
 import hashlib
-import math
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from moe_jax.data import npy
 from moe_jax.errors import UserError, nearest
-
-_HEADS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 def read(path: str, field: str) -> bytes:
@@ -51,13 +46,10 @@ def arrays(path: str, field: str, names: list[str]) -> list[np.ndarray]:
     Raises:
       UserError: it cannot be read, is no npz file, or lacks one.
     """
-    found = _numpy(path, field)
-    if isinstance(found, np.ndarray):
-        raise UserError(
-            f"data.source.{field}={path!r}: is one array; an npz file with the arrays "
-            f"{names} is needed"
-        )
-    with found:
+    if not _is_archive(path, field):
+        why = f"no npz file; one with the arrays {names} is needed"
+        raise unreadable(path, field, why)
+    with _opened(np.load, path, field, allow_pickle=False) as found:
         for name in names:
             if name not in found:
                 raise UserError(
@@ -73,38 +65,32 @@ def arrays(path: str, field: str, names: list[str]) -> list[np.ndarray]:
 
 
 def _check_member(archive: zipfile.ZipFile, name: str) -> None:
-    """Checks the head of an array before memory is taken for it.
-
-    Raises:
-      ValueError: it asks for more than the archive holds.
-    """
+    """Checks the head of an array before memory is taken for it; raises ValueError."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version not in _HEADS:
-            raise ValueError(f"array {name!r} is of npy version {version}")
-        shape, _, dtype = _HEADS[version](member)
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > info.file_size:
-        raise ValueError(
-            f"array {name!r} is {dtype} {shape} by its head, and has {info.file_size} "
-            "bytes"
-        )
+        npy.check_head(member, info.file_size)
 
 
 def array(path: str, field: str) -> np.ndarray:
     """The array of an npy file, mapped and not read; raises as `arrays`."""
-    found = _numpy(path, field)
-    if not isinstance(found, np.ndarray):
-        found.close()
+    if _is_archive(path, field):
         raise UserError(
             f"data.source.{field}={path!r}: is an npz file; an npy file is needed"
         )
-    return found
+    return _opened(npy.mapped, path, field)
 
 
-def _numpy(path: str, field: str) -> np.ndarray | np.lib.npyio.NpzFile:
+def _is_archive(path: str, field: str) -> bool:
+    def looks_like_one(path: Path) -> bool:
+        with path.open("rb") as file:
+            return zipfile.is_zipfile(file)
+
+    return _opened(looks_like_one, path, field)
+
+
+def _opened(opener, path: str, field: str, **options):
     try:
-        return np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
+        return opener(Path(path).expanduser(), **options)
     except OSError as error:
         raise unreadable(path, field, error.strerror or error) from None
     except Exception as error:  # numpy raises many classes for damaged files

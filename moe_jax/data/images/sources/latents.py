@@ -1,6 +1,7 @@
 """Latents that an encoder made of images beforehand, in arrays."""
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ class Latents(config_lib.ImageSourceConfig):
     def problems(self, path, root):
         if not self.images:
             yield f"{path}.images='': must name an npz or npy file"
-        if not self.scale or not np.isfinite([self.scale, self.shift]).all():
+        finite = abs(self.scale) < math.inf and abs(self.shift) < math.inf
+        if not self.scale or not finite:
             yield (
                 f"{path}.scale={self.scale}, shift={self.shift}: must be finite, and "
                 "scale not 0"

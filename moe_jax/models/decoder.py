@@ -10,7 +10,6 @@ from moe_jax.models.base import Output, RouterState, TokenInputs
 from moe_jax.models.block import Block, Outer
 from moe_jax.models.decoder_config import Decoder, segments_of
 from moe_jax.models.stacked import Stacked, is_vector
-from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Observation, Override
 from moe_jax.nn import attention, cross_entropy, module
@@ -58,18 +57,14 @@ class DecoderModel(Stacked):
 
     def notes(self, rows: int, length: int) -> list[str]:
         """See `Model.notes`."""
-        options, ff = self.options, self.options.feed_forward
+        options = self.options
         shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
         lines = [
             line
             for call in options.attention_calls(length, shards)
             for line in attention.auto.describe(options.attention, call)
         ]
-        if isinstance(getattr(ff, "dispatch", None), auto.Auto):
-            top_k = ff.selector.experts_per_token(ff.num_experts, length)
-            shapes = rows * length, top_k, ff.num_experts
-            lines.append(auto.describe(ff.expert_axes, *shapes))
-        return lines
+        return lines + self._dispatch_notes(rows, length)
 
     def apply(
         self,

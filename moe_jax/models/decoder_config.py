@@ -5,7 +5,14 @@ import dataclasses
 
 from moe_jax import config
 from moe_jax.models import remat
-from moe_jax.models.segments import Segment, cut, moe_problems, turn_problems
+from moe_jax.models.segments import (
+    Segment,
+    cut,
+    moe_problems,
+    shrink,
+    size_problems,
+    turn_problems,
+)
 from moe_jax.moe import capabilities
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import norms
@@ -173,26 +180,16 @@ class Decoder(config.ModelConfig):
             )
         small.rope = self.rope.shrunk(small.rope_width)
         small.window = min(self.window, 16)
-        ff, layers = small.feed_forward, 2
-        if isinstance(ff, MoE):
-            ff.first_dense = min(ff.first_dense, 1)
-            ff.experts.d_ff, layers = 64, ff.first_dense + 2 * ff.every
-            ff.shared_d_ff = 64 if ff.shared_d_ff else 0
-            ff.dense_d_ff = 64 if ff.first_dense or ff.every > 1 else 0
-        else:
-            ff.d_ff = 64
+        layers = shrink(small.feed_forward)
         layers = max(layers, small.full_attention_every)  # Each kind is there.
         small.num_layers = min(self.num_layers, layers)
         return small
 
     def problems(self, path, root):
-        least = {"vocab_size": 2, "num_layers": 1, "d_model": 1, "num_heads": 1}
-        small = [n for n, size in least.items() if getattr(self, n) < size]
-        for name in small:
-            yield f"{path}.{name}={getattr(self, name)}: must be at least {least[name]}"
-        if small or self.num_kv_heads < 0 or self.head_dim < 0:
-            if not small:
-                yield f"{path}: num_kv_heads and head_dim must not be negative"
+        least = dict.fromkeys(("num_layers", "d_model", "num_heads"), 1)
+        least |= {"vocab_size": 2, "num_kv_heads": 0, "head_dim": 0}
+        if sizes := list(size_problems(self, path, **least)):
+            yield from sizes
             return
         if not self.latent and not self.head_dim and self.d_model % self.num_heads:
             yield (
@@ -213,16 +210,10 @@ class Decoder(config.ModelConfig):
             if getattr(self, name) < 0:
                 yield f"{path}.{name}={getattr(self, name)}: must not be negative"
         yield from config.dtype_problems(self, path, "dtype", "param_dtype")
-        yield from self._turn_problems(path)
+        yield from turn_problems(self, segments_of, path)
         yield from self._attention_problems(path, root)
         yield from self._moe_problems(path, root)
         yield from self._mesh_problems(path, root.mesh)
-
-    def _turn_problems(self, path):
-        """Of policies that are taken in turn by a run of blocks."""
-        ff = self.feed_forward
-        if not isinstance(ff, MoE) or (ff.every >= 1 and ff.first_dense >= 0):
-            yield from turn_problems(segments_of(self), self.remat, path)
 
     def _attention_problems(self, path, root):
         if self.qk_norm not in QK_NORMS:

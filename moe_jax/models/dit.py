@@ -9,7 +9,6 @@ from moe_jax.models.dit_config import DiT, segments_of
 from moe_jax.models.masks import LOSSES
 from moe_jax.models.segments import interleave
 from moe_jax.models.stacked import Stacked, is_vector
-from moe_jax.moe.dispatch import auto
 from moe_jax.moe.routing import Mode, Override
 from moe_jax.nn import attention
 from moe_jax.nn.attention.common import mean_seen
@@ -33,16 +32,11 @@ class DiTModel(Stacked):
 
     def notes(self, rows: int, length: int) -> list[str]:
         """See `RoutedModel.notes`; a row is an image, whose `length` is its own."""
-        options, ff = self.options, self.options.feed_forward
+        options = self.options
         shards = rules.size(jax.sharding.get_abstract_mesh(), "sequence")
         call = options.attention_call(shards)
         lines = attention.auto.describe(options.attention, call)
-        if isinstance(getattr(ff, "dispatch", None), auto.Auto):
-            tokens = options.num_tokens
-            top_k = ff.selector.experts_per_token(ff.num_experts, tokens)
-            shapes = rows * tokens, top_k, ff.num_experts
-            lines.append(auto.describe(ff.expert_axes, *shapes))
-        return lines
+        return lines + self._dispatch_notes(rows, options.num_tokens)
 
     def apply(
         self,

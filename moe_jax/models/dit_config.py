@@ -6,7 +6,14 @@ import dataclasses
 from moe_jax import config
 from moe_jax.models import remat
 from moe_jax.models.masks import MASKS
-from moe_jax.models.segments import Segment, cut, moe_problems, turn_problems
+from moe_jax.models.segments import (
+    Segment,
+    cut,
+    moe_problems,
+    shrink,
+    size_problems,
+    turn_problems,
+)
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.hashing import Hash
 from moe_jax.nn.attention import auto, cudnn
@@ -100,7 +107,7 @@ class DiT(config.ModelConfig):
     @property
     def num_tokens(self) -> int:
         """N, of an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // max(1, self.patch_size)) ** 2
 
     @property
     def width_per_head(self) -> int:
@@ -151,25 +158,15 @@ class DiT(config.ModelConfig):
         small.num_classes = min(self.num_classes, 16)
         if isinstance(self.attention, Splash):
             small.attention = auto.Auto()  # The kernel does not take short rows.
-        ff, layers = small.feed_forward, 2
-        if isinstance(ff, MoE):
-            ff.first_dense = min(ff.first_dense, 1)
-            ff.experts.d_ff, layers = 64, ff.first_dense + 2 * ff.every
-            ff.shared_d_ff = 64 if ff.shared_d_ff else 0
-            ff.dense_d_ff = 64 if ff.first_dense or ff.every > 1 else 0
-        else:
-            ff.d_ff = 64
-        small.num_layers = min(self.num_layers, layers)
+        small.num_layers = min(self.num_layers, shrink(small.feed_forward))
         return small
 
     def problems(self, path, root):
         least = dict.fromkeys(
             ("image_size", "in_channels", "patch_size", "num_layers", "num_heads"), 1
         ) | {"d_model": 4, "num_classes": 0, "condition_width": 0}
-        small = [n for n, size in least.items() if getattr(self, n) < size]
-        for name in small:
-            yield f"{path}.{name}={getattr(self, name)}: must be at least {least[name]}"
-        if small:
+        if sizes := list(size_problems(self, path, **least)):
+            yield from sizes
             return
         yield from self._size_problems(path)
         yield from self._condition_problems(path)
@@ -200,9 +197,7 @@ class DiT(config.ModelConfig):
                 f"{path}.num_heads={self.num_heads}; num_heads takes one of "
                 f"{config.divisors(self.d_model)}"
             )
-        ff = self.feed_forward
-        if not isinstance(ff, MoE) or (ff.every >= 1 and ff.first_dense >= 0):
-            yield from turn_problems(segments_of(self), self.remat, path)
+        yield from turn_problems(self, segments_of, path)
 
     def _condition_problems(self, path):
         if self.num_classes and self.condition_width:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from moe_jax.models import remat as remat_lib
 from moe_jax.moe import capabilities
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import MoEAux, Override
+
+MOST_BLOCKS = 10_000
 
 
 class Kind(NamedTuple):
@@ -97,6 +99,35 @@ def cut(
     return tuple(found)
 
 
+def shrink(ff: config.FeedForwardConfig) -> int:
+    """Narrows the blocks' feed-forward, in place; of a small model of the same kind.
+
+    Returns:
+      The number of blocks that show its pattern twice.
+    """
+    if not isinstance(ff, MoE):
+        ff.d_ff = 64
+        return 2
+    ff.first_dense = min(ff.first_dense, 1)
+    ff.experts.d_ff = 64
+    ff.shared_d_ff = 64 if ff.shared_d_ff else 0
+    ff.dense_d_ff = 64 if ff.first_dense or ff.every > 1 else 0
+    return ff.first_dense + 2 * ff.every
+
+
+def size_problems(
+    options: config.ModelConfig, path: str, **least: int
+) -> Iterator[str]:
+    """Rules of single sizes, without which the others cannot be looked at."""
+    for name, size in least.items():
+        if getattr(options, name) < size:
+            yield f"{path}.{name}={getattr(options, name)}: must be at least {size}"
+    if options.num_layers > MOST_BLOCKS:
+        yield (
+            f"{path}.num_layers={options.num_layers}: must be at most {MOST_BLOCKS:,}"
+        )
+
+
 def moe_problems(
     options: config.ModelConfig, path: str, root: config.Config
 ) -> Iterator[str]:
@@ -121,11 +152,17 @@ def moe_problems(
 
 
 def turn_problems(
-    segments: tuple[Segment, ...], remat: str, path: str
+    options: config.ModelConfig,
+    segments_of: Callable[[Any], tuple[Segment, ...]],
+    path: str,
 ) -> Iterator[str]:
     """Of policies that are taken in turn by a run of blocks."""
+    remat, ff = options.remat, options.feed_forward
+    if isinstance(ff, MoE):
+        if not 0 <= ff.first_dense <= options.num_layers - ff.every or ff.every < 1:
+            return  # Told elsewhere.
     count = remat.count(",") + 1
-    for seg in segments if count > 1 else ():
+    for seg in segments_of(options) if count > 1 else ():
         if seg.repeats > count and seg.repeats % count:
             of = f"times {len(seg.blocks)} blocks" if seg.blocks[1:] else "blocks"
             yield (

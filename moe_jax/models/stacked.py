@@ -12,6 +12,7 @@ from moe_jax.models.base import RouterState
 from moe_jax.models.segments import Kind, Segment, interleave
 from moe_jax.moe import balance
 from moe_jax.moe import state as router
+from moe_jax.moe.dispatch import auto
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.routing import Mode, MoEAux, Override
 from moe_jax.moe.scorers import SCORERS
@@ -77,6 +78,14 @@ class Stacked:
 
     def _bound_outer(self, params: Params) -> nnx.Module:
         return self._outer.bind({name: params[name] for name in self._outer.axes})
+
+    def _dispatch_notes(self, rows: int, length: int) -> list[str]:
+        """What `Auto` takes for rows of so many tokens."""
+        ff = self.options.feed_forward
+        if not isinstance(getattr(ff, "dispatch", None), auto.Auto):
+            return []
+        top_k = ff.selector.experts_per_token(ff.num_experts, length)
+        return [auto.describe(ff.expert_axes, rows * length, top_k, ff.num_experts)]
 
     def init(self, key: jax.Array) -> Params:
         """See `Model.init`."""

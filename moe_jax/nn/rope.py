@@ -162,14 +162,19 @@ class Rope(config.Node):
             small.scaling.long_factor = self.scaling.long_factor[:pairs]
         return small
 
+    def _has_share(self) -> bool:
+        return 0 < self.fraction <= 1
+
     def problems(self, path, root):
         if self.theta <= 1:
             yield f"{path}.theta={self.theta}: must be more than 1"
-        if not 0 < self.fraction <= 1:
+        if not self._has_share():
             yield f"{path}.fraction={self.fraction}: must lie in (0, 1]"
 
     def width_problems(self, path: str, width: int, name: str):
         """Rules that need the width of a head; `name` is what set it."""
+        if not self._has_share():
+            return  # Told by `problems`.
         turned = self.turned(width)
         if turned % 2 or not turned:
             yield (

@@ -197,6 +197,7 @@ def test_rotary_positions(said, expected):
         ("llama", dict(hidden_act="gelu"), "hidden_act='gelu': not supported; 'silu'"),
         ("llama", dict(hidden_size="32"), "hidden_size='32' is no int"),
         ("llama", dict(num_hidden_layers=None), "num_hidden_layers is missing"),
+        ("gpt_oss", dict(num_hidden_layers=2**32), "=4294967296: must be at most 10,0"),
         ("llama", dict(attention_bias=1), "attention_bias=1 is no bool"),
         (
             "llama",

@@ -1,9 +1,11 @@
 """Config overrides and saved configs: right, or one clear message."""
 
+import copy
 import pathlib
 
 import hypothesis
 import mutations
+import pytest
 from hypothesis import strategies as st
 
 from moe_jax import config_json
@@ -12,7 +14,9 @@ from moe_jax.config import Node, children
 
 TINY = pathlib.Path(__file__).parents[1] / "end_to_end" / "tiny.py"
 CONFIG = config_file.load(str(TINY))
-DIGITS = config_file.load(str(TINY.parents[2] / "configs" / "dit" / "digits.py"))
+ROOT = TINY.parents[2]
+DIGITS = config_file.load(str(ROOT / "configs" / "dit" / "digits.py"))
+DTR = config_file.load(f"{ROOT / 'configs' / 'bench' / 'image_routers.py'}:dtr")
 
 
 def _paths(value: Node, path: str) -> list[str]:
@@ -27,6 +31,16 @@ SAID = st.one_of(
     mutations.VALUES.map(str),
     st.sampled_from(["0x10", "1,2", "(1, 2)", "[1]", "{'a': 1}", "None", "1_000"]),
 ).filter(lambda text: "\ud800" not in text)
+
+
+# Each alone in each field; those of another type are told by their type.
+ODD = [0, -1, 7, 2**31, 2**64, -0.5, 1e308, float("nan"), float("inf"), None, "x", []]
+
+
+def _nodes(value: Node):
+    yield value
+    for _, child in children(value, ""):
+        yield from _nodes(child)
 
 
 ENDS = [".x", "[0]", "[-1]", "[", "..", ".__class__"]
@@ -62,6 +76,19 @@ def test_overrides(argv, command):
     if command(main, common.define_config, [f"--config={TINY}", *argv]) == 0 and config:
         text = config_json.to_json(config[0])
         assert repr(config_json.from_json(text)) == repr(config[0])
+
+
+@pytest.mark.parametrize("given", [CONFIG, DIGITS, DTR], ids=["text", "images", "mask"])
+def test_odd_values(given, clear):
+    config = copy.deepcopy(given)
+    for node in list(_nodes(config)):
+        for name in node.__dataclass_fields__:
+            kept = getattr(node, name)
+            for odd in ODD:
+                setattr(node, name, odd)
+                clear(lambda: common._validated(config))
+            setattr(node, name, kept)
+    assert config == given
 
 
 @mutations.settings(60)

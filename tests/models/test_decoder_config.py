@@ -11,6 +11,7 @@ from moe_jax.models.segments import Kind, Segment
 from moe_jax.moe.layer import MoE
 from moe_jax.moe.selectors.top_k import TopK
 from moe_jax.nn.feedforward import Dense
+from moe_jax.nn.rope import Rope
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,9 @@ def test_a_dense_model_is_one_segment():
         ),
         (dict(remat="exchanges"), {}, ""),
         (dict(dtype="float8"), {}, "dtype='float8'"),
-        (dict(num_kv_heads=-1), {}, "must not be negative"),
+        (dict(rope=Rope(fraction=float("inf"))), {}, ""),  # Rope itself tells of it.
+        (dict(num_kv_heads=-1), {}, "num_kv_heads=-1: must be at least 0"),
+        (dict(num_layers=2**32), {}, "num_layers=4294967296: must be at most 10,000"),
         (dict(norm="batch"), {}, "norm='batch': must be one of ['layer', 'rms']"),
         (dict(logit_softcap=-1.0), {}, "logit_softcap=-1.0: must not be negative"),
         (dict(mtp=-1), {}, "mtp=-1: must not be negative"),
@@ -102,6 +105,12 @@ def test_a_dense_model_is_one_segment():
         (dict(window=3, full_attention_every=1), {}, "must be 0, or at least 2"),
         (dict(num_layers=1), {}, "leaves no block for experts"),
         (dict(num_layers=2), {}, "leaves no block for experts"),
+        (dict(num_layers=2, remat="full,none"), {}, "leaves no block for experts"),
+        (
+            dict(remat="full,none", feed_forward=MoE(first_dense=2**40, dense_d_ff=8)),
+            {},
+            "first_dense=1099511627776 and every=1 leaves no block for experts",
+        ),
         ({}, dict(fsdp=3), "d_model=16 is not divisible by config.mesh.fsdp"),
         (dict(vocab_size=33), dict(tensor=2), "vocab_size=33 is not divisible"),
         (dict(num_kv_heads=1), dict(tensor=2), "num_kv_heads=1 is not divisible"),

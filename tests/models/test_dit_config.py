@@ -6,6 +6,9 @@ import pytest
 from test_dit import MIXED, SINGLE, K, experts, options
 
 from moe_jax import config
+from moe_jax.data.images.config import ImageDataConfig
+from moe_jax.diffusion.evaluation import ImageEvalConfig
+from moe_jax.errors import UserError
 from moe_jax.models import build
 from moe_jax.models.dit import DiTModel
 from moe_jax.models.dit_config import SIZES, DiT, segments_of
@@ -112,6 +115,7 @@ def test_it_is_built_by_its_config_and_says_what_it_took():
         (dict(d_model=30, num_heads=5), {}, "d_model=30: must be a multiple of 4"),
         (dict(num_heads=5), {}, "num_heads=5; num_heads takes one of [1, 2, 4, 8, 16"),
         (dict(num_layers=0), {}, "num_layers=0: must be at least 1"),
+        (dict(num_layers=2**32), {}, "num_layers=4294967296: must be at most 10,000"),
         (dict(num_classes=-1), {}, "num_classes=-1: must be at least 0"),
         (dict(condition_width=4), {}, "a class or a vector; set one of them to 0"),
         (dict(condition_dropout=1.0), {}, "condition_dropout=1.0: must lie in [0, 1)"),
@@ -122,6 +126,11 @@ def test_it_is_built_by_its_config_and_says_what_it_took():
         (dict(remat="full,none"), {}, "the run of 3 blocks from block 0 on"),
         (dict(dtype="float8"), {}, "dtype='float8'"),
         (dict(num_layers=2, **MIXED), {}, "leaves no block for experts"),
+        (
+            dict(remat="full,none", feed_forward=MoE(every=2**40, dense_d_ff=8)),
+            {},
+            "every=1099511627776 leaves no block for experts",
+        ),
         (
             dict(feed_forward=MoE(selector=Hash())),
             {},
@@ -146,6 +155,15 @@ def test_problems(fields, mesh, words):
         assert any(words in one for one in found), found
     else:
         assert found == []
+
+
+def test_patches_of_no_size():
+    """The rules of the tree ask for the number of patches, too."""
+    images, wrong = dict(data=ImageDataConfig(), eval=ImageEvalConfig()), options()
+    wrong.patch_size = 0
+    root = config.Config(model=wrong, **images)
+    with pytest.raises(UserError, match="patch_size=0: must be at least 1"):
+        config.validate(root)
 
 
 def test_it_does_not_predict_text():

@@ -210,6 +210,7 @@ class Odd(config.InputMaskConfig):
         (TaskRouting(data_time=999.0), "they must differ"),
         (TaskRouting(alpha=0.0), "alpha=0.0: must be positive"),
         (TaskRouting(beta=1.0), "beta=1.0: must lie in (0, 1)"),
+        (TaskRouting(beta=float("inf")), "beta=inf: must lie in (0, 1)"),
         (TaskRouting(beta=0.03), "beta=0.03 leaves no channel of d_model=32"),
         (Odd(), "input_mask is a Odd, which is none of ['SwitchDiT', 'TaskRouting']"),
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_jax.convert.hf.fields import Fields
 from moe_jax.models.decoder_config import Decoder, segments_of
+from moe_jax.models.segments import MOST_BLOCKS
 from moe_jax.moe.balance import Balance
 from moe_jax.moe.layer import MoE
 from moe_jax.nn import rope
@@ -33,13 +34,21 @@ def shapes(fields: Fields) -> dict[str, Any]:
     """Arguments of `Decoder` that all families have under the same names."""
     return dict(
         vocab_size=fields.integer("vocab_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=num_layers(fields),
         d_model=fields.integer("hidden_size"),
         num_heads=fields.integer("num_attention_heads"),
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         init_std=fields.number("initializer_range", 0.02) or 0.02,
     )
+
+
+def num_layers(fields: Fields) -> int:
+    """Of `num_hidden_layers`."""
+    found = fields.integer("num_hidden_layers")
+    if found > MOST_BLOCKS:
+        raise fields.refuse("num_hidden_layers", f"must be at most {MOST_BLOCKS:,}")
+    return found
 
 
 def heads(fields: Fields) -> dict[str, int]:
@@ -230,22 +239,19 @@ def moe_layers(options: Decoder) -> list[bool]:
 
 def sparse_pattern(fields: Fields) -> dict[str, int]:
     """`first_dense` and `every`, of `decoder_sparse_step` and `mlp_only_layers`."""
-    layers = fields.integer("num_hidden_layers")
+    layers = num_layers(fields)
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.items("mlp_only_layers", [])
-    is_moe = [
-        step > 0 and (i + 1) % step == 0 and i not in dense for i in range(layers)
-    ]
-    for every in range(1, layers + 1):
-        for first in range(layers):
-            rest = range(layers - first)
-            if is_moe == [False] * first + [(i + 1) % every == 0 for i in rest]:
-                return dict(first_dense=first, every=every)
+    moe = [i for i in range(layers) if step and (i + 1) % step == 0 and i not in dense]
+    if moe:
+        every = moe[1] - moe[0] if moe[1:] else layers - moe[0]
+        first = moe[0] + 1 - every
+        if first >= 0 and moe == list(range(moe[0], layers, every)):
+            return dict(first_dense=first, every=every)
     raise fields.refuse(
         "mlp_only_layers",
-        f"with decoder_sparse_step={step} the layers with experts are "
-        f"{[i for i, moe in enumerate(is_moe) if moe]}; only the first k layers may be "
-        "dense, and of those after them all but each n-th",
+        f"with decoder_sparse_step={step} the layers with experts are {moe}; only the "
+        "first k layers may be dense, and of those after them all but each n-th",
     )
 
 

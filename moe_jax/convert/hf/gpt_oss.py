@@ -18,7 +18,7 @@ def _decoder(fields: Fields) -> Decoder:
     bias = fields.flag("attention_bias", True)
     fields.only("hidden_act", "silu")  # What it says is not what is computed.
     fields.only("swiglu_alpha", 1.702)
-    layers = fields.integer("num_hidden_layers")
+    layers = common.num_layers(fields)
     names = ["sliding_attention", "full_attention"] * layers
     types = fields.items("layer_types", names[:layers])
     return Decoder(

@@ -43,7 +43,7 @@ def _windows(fields: Fields) -> dict[str, int]:
     below = fields.integer("max_window_layers", 28)
     names = [
         "sliding_attention" if i % 2 == 0 and i < below else "full_attention"
-        for i in range(fields.integer("num_hidden_layers"))
+        for i in range(common.num_layers(fields))
     ]
     window = fields.integer("sliding_window", 0) if slides else 0
     return common.layer_pattern(fields, fields.items("layer_types", names), window)

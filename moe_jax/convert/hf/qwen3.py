@@ -9,7 +9,7 @@ from moe_jax.nn.feedforward import Dense
 
 def _decoder(fields: Fields) -> Decoder:
     bias = fields.flag("attention_bias", False)
-    layers = fields.integer("num_hidden_layers")
+    layers = common.num_layers(fields)
     slides = fields.flag("use_sliding_window", False)
     above = fields.integer("max_window_layers", 28)
     names = [

@@ -34,7 +34,7 @@ class TaskRouting(ByTime):
             yield f"{path}.beta={self.beta}: must lie in (0, 1)"
 
     def size_problems(self, path, d_model):
-        if 0 < self.beta and math.floor(self.beta * d_model) < 1:
+        if 0 < self.beta < 1 and math.floor(self.beta * d_model) < 1:
             yield (
                 f"{path}.beta={self.beta} leaves no channel of d_model={d_model}; it "
                 f"must be at least 1 / {d_model}"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.errors import UserError
+from moe_jax.errors import RunError, UserError
 
 _T = TypeVar("_T")
 
@@ -22,7 +22,7 @@ class DamagedError(Exception):
     """A step that cannot be used; the message says why."""
 
 
-class SaveError(UserError):
+class SaveError(RunError):
     """A save that failed; the steps before it are untouched."""
 
 

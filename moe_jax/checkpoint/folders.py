@@ -12,6 +12,16 @@ SET_ASIDE = "set_aside"
 # A small file of Orbax in each step, with times and names. It does without, but one
 # damaged file keeps it from listing all steps.
 _METADATA = "_CHECKPOINT_METADATA"
+# What Orbax takes in it; each field may be null or missing. (Handlers that are one
+# string are another kind of checkpoint than ours.)
+_FIELDS = {
+    "item_handlers": dict,
+    "metrics": dict,
+    "performance_metrics": dict,
+    "init_timestamp_nsecs": int,
+    "commit_timestamp_nsecs": int,
+    "custom_metadata": dict,
+}
 
 
 def has_entries(folder: epath.Path) -> bool:
@@ -71,8 +81,11 @@ def _is_metadata(path: epath.Path) -> bool:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return False
-    kinds = {"item_handlers": dict, "metrics": dict, "performance_metrics": dict}
-    kinds |= {"init_timestamp_nsecs": int, "commit_timestamp_nsecs": int}
-    return isinstance(found, dict) and all(
-        isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
+    if not isinstance(found, dict):
+        return False
+    known = all(
+        found.get(name) is None or isinstance(found[name], kind)
+        for name, kind in _FIELDS.items()
     )
+    # Orbax takes other fields for custom ones, where there are none.
+    return known and not (found.get("custom_metadata") and found.keys() - _FIELDS)

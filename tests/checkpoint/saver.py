@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import CheckpointConfig
-from moe_jax.errors import UserError
+from moe_jax.errors import RunError
 
 
 def state_at(step: int) -> dict:
@@ -55,7 +55,7 @@ def full_disk(checkpoints: Checkpoints) -> None:
             while checkpoints._manager.is_saving_in_progress():
                 pass
             report()
-        except UserError as error:
+        except RunError as error:
             print(error)
         else:
             print("no error")

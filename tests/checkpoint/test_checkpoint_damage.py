@@ -234,22 +234,34 @@ def test_reader_passes_over_an_empty_folder(saved, restore):
     assert (folder / "60").exists()
 
 
-UNLISTABLE = ["1e308", "[]", '{"metrics": 7}', "{", "\0"]
+# Damaged metadata of step 40, and which step a reader gets: none, where Orbax cannot
+# list them.
+UNLISTABLE = {
+    "1e308": None,
+    "[]": None,
+    '{"metrics": 7}': None,
+    '{"custom_metadata": {"a": 1}, "b": 2}': None,
+    '{"item_handlers": "a"}': 20,
+    "{": 40,
+    "\0": 40,
+}
 
 
-@pytest.mark.parametrize("text", UNLISTABLE)
+@pytest.mark.parametrize("text, step", UNLISTABLE.items())
 def test_a_reader_tells_of_metadata_that_keeps_steps_from_being_listed(
-    text, saved, restore
+    text, step, saved, restore
 ):
     """Orbax reads it of every step; without it, it goes on."""
     folder, _ = saved()
     path = folder / "40" / "_CHECKPOINT_METADATA"
     path.write_text(text)
-    try:
-        assert restore(folder).step in (20, 40)
-    except UserError as error:
-        assert f"{path} is damaged; delete it" in str(error)
-        assert "\n" not in str(error)
+    if step:
+        assert restore(folder).step == step
+    else:
+        with pytest.raises(UserError) as caught:
+            restore(folder)
+        assert f"{path} is damaged; delete it" in str(caught.value)
+        assert "\n" not in str(caught.value)
     assert path.read_text() == text
     path.unlink()
     restored = restore(folder)
@@ -271,6 +283,25 @@ def test_a_writer_renames_metadata_and_goes_on(text, saved, restore):
     ]
     assert not path.exists() and path.with_name(f"{path.name}.damaged").exists()
     assert restore(folder, read_only=False).notes == []
+
+
+UNUSUAL = [
+    "{}",
+    '{"metrics": null, "item_handlers": null, "commit_timestamp_nsecs": null}',
+    '{"performance_metrics": null, "custom_metadata": {"a": 1}}',
+    '{"of_a_later_version": 1}',
+]
+
+
+@pytest.mark.parametrize("text", UNUSUAL)
+def test_what_orbax_reads_is_left_alone(text, saved, restore):
+    folder, _ = saved()
+    path = folder / "40" / "_CHECKPOINT_METADATA"
+    path.write_text(text)
+    for read_only in (True, False):
+        restored = restore(folder, read_only=read_only)
+        assert restored.step == 40 and restored.notes == []
+    assert path.read_text() == text
 
 
 def test_a_leaf_that_the_index_lacks(saved, restore):

@@ -27,7 +27,7 @@ from moe_jax.errors import RunError, UserError
 from moe_jax.parallel import cluster
 from moe_jax.parallel import mesh as mesh_lib
 
-_HEARTBEAT_SECS = 30
+_HEARTBEAT_SECS = 100  # without a sign of life; MOE_JAX_HEARTBEAT_SECS changes it
 # Of a process that ends while others work on; `finish` waits for them before this.
 _SHUTDOWN_SECS = 10
 _START_SECS = 300  # for all processes to come; MOE_JAX_START_SECS changes it
@@ -79,10 +79,12 @@ def _connect(found: cluster.Cluster) -> bool:
     """Whether there is a cluster; ends the process where the others do not come.
 
     Raises:
+      UserError: a time of the environment is none.
       RunError: JAX cannot connect, or the port is taken.
     """
     _check_port(found)
-    seconds = cluster.number("MOE_JAX_START_SECS", _START_SECS)
+    seconds = _seconds("MOE_JAX_START_SECS", _START_SECS)
+    heartbeat = _seconds("MOE_JAX_HEARTBEAT_SECS", _HEARTBEAT_SECS)
     # Before JAX's own limit, which aborts with a stack trace of C++.
     timer = threading.Timer(seconds, _give_up, [found, seconds])
     timer.daemon = True
@@ -90,7 +92,7 @@ def _connect(found: cluster.Cluster) -> bool:
     try:
         jax.distributed.initialize(
             initialization_timeout=seconds + 30,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECS,
+            heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=_SHUTDOWN_SECS,
             **found.arguments,
         )
@@ -105,6 +107,14 @@ def _connect(found: cluster.Cluster) -> bool:
     finally:
         timer.cancel()
     return True
+
+
+def _seconds(name: str, default: int) -> int:
+    """Of the environment; at least 1."""
+    found = cluster.number(name, default)
+    if found < 1:
+        raise UserError(f"{name}={found} in the environment: must be at least 1")
+    return found
 
 
 def _check_port(found: cluster.Cluster) -> None:

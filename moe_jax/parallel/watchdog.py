@@ -7,6 +7,7 @@ and a thread ends it when that takes longer than its limit in the config.
 """
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -62,6 +63,8 @@ class Watchdog:
         self._where = where or f"{socket.gethostname()} pid {os.getpid()}"
         self._last: tuple[float, str, int] | None = None
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._armed = math.inf  # The deadline that the thread of C knows.
         watched = [limit for limit in limits.values() if limit > 0]
         if not watched:
             return
@@ -79,30 +82,46 @@ class Watchdog:
 
     def beat(self, phase: str, step: int = -1) -> None:
         """Says that the process is alive and which of `PHASES` comes next."""
-        self._last = (time.monotonic(), phase, step)
+        with self._lock:
+            self._last = (time.monotonic(), phase, step)
+            # Not left to the thread of Python: it may never run again.
+            if self._deadline() < self._armed:
+                self._arm()
 
     def stop(self) -> None:
         """Ends the watch."""
-        self._stopped.set()
+        with self._lock:
+            self._stopped.set()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _deadline(self) -> float:
+        since, phase, _ = self._last
+        limit = self._limits[phase]
+        return since + limit if limit else math.inf
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll):
-            since, phase, step = self._last
-            limit, taken = self._limits[phase], time.monotonic() - since
-            if limit and taken > limit:
-                self._end(taken, phase, step)
-            self._guard_interpreter(limit and limit - taken)
-        faulthandler.cancel_dump_traceback_later()
+            with self._lock:
+                last, late = self._last, time.monotonic() > self._deadline()
+                self._arm()
+            if late:
+                self._end(*last)
 
-    def _guard_interpreter(self, left: float) -> None:
-        """Has a thread of C end the process where this one cannot run any more."""
+    def _arm(self) -> None:
+        """Has a thread of C end the process where those of Python cannot run."""
+        if self._stopped.is_set():
+            return
+        self._armed = self._deadline()
         faulthandler.cancel_dump_traceback_later()
-        if left and sys.__stderr__ is not None and not sys.__stderr__.closed:
+        readable = sys.__stderr__ is not None and not sys.__stderr__.closed
+        if readable and self._armed < math.inf:
+            left = max(0.0, self._armed - time.monotonic())
             faulthandler.dump_traceback_later(
                 left + _MESSAGE_SECS, exit=True, file=sys.__stderr__
             )
 
-    def _end(self, taken: float, phase: str, step: int) -> None:
+    def _end(self, since: float, phase: str, step: int) -> None:
+        taken = time.monotonic() - since
         last = threading.Timer(_MESSAGE_SECS, os._exit, [3])
         last.daemon = True
         last.start()

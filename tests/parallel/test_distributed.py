@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from moe_jax.errors import UserError
 from moe_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -114,6 +115,13 @@ def test_a_coordinator_that_does_not_answer():
     assert result.returncode == 3
     for part in ("process 1 of 2 (found by flags)", "127.0.0.1:1", "within 2 s"):
         assert part in result.stderr
+
+
+@pytest.mark.parametrize("name", ["MOE_JAX_START_SECS", "MOE_JAX_HEARTBEAT_SECS"])
+def test_times_that_are_none(name, monkeypatch):
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match=f"{name}=0 in the environment: must be at"):
+        distributed._seconds(name, 10)
 
 
 def test_a_port_that_is_taken():

@@ -53,11 +53,19 @@ def test_ends_a_stuck_process():
     assert "line 9 in <module>" in result.stderr  # the stack: where it slept
 
 
-def test_ends_a_process_that_holds_the_interpreter():
+@pytest.mark.parametrize(
+    "beats",
+    [
+        "dog.beat('step', 3); time.sleep(1)",
+        # As a phase begins: the thread that watches knows the limit of the one before.
+        "dog.beat('restore'); time.sleep(1); dog.beat('step', 3)",
+    ],
+)
+def test_ends_a_process_that_holds_the_interpreter(beats):
     begin = time.monotonic()
     result = python(
-        "limits |= {'save': 2.0}\n"
-        "dog = Watchdog(limits, 'x'); dog.beat('save', 3); time.sleep(1)\n"
+        "limits |= {'restore': 3600.0, 'step': 2.0}\n"
+        f"dog = Watchdog(limits, 'x'); {beats}\n"
         "ctypes.PyDLL(None).sleep(60)"
     )
     assert result.returncode == 1

@@ -11,13 +11,14 @@ equal are compared. A leaf, or a part of one, that a single device holds has no 
 cannot be compared.
 
 Cost: each device reads its part of the state once, about 45 integer operations a word,
-and sends 8 bytes a leaf; the program is compiled before the first comparison, the step
-itself is not changed.
+and sends 8 bytes a leaf; the program is compiled at the first comparison, the step
+itself is not changed. Leaves that wait in the memory of the host are fetched one by
+one.
 """
 
+import functools
 import math
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,7 +53,6 @@ class Agreement:
             for name, leaf in named_leaves(parts.abstract).items()
             if leaf.size and _copies(leaf.sharding) > 1
         ]
-        self._sums = None
 
     def due(self, step: int) -> bool:
         """Whether to compare after `step`; the same in all processes."""
@@ -66,16 +66,24 @@ class Agreement:
         """
         leaves = named_leaves(state)
         leaves = {name: leaves[name] for name in self._names}
-        specs = [leaf.sharding.spec for leaf in leaves.values()]
-        if self._sums is None:
-            self._sums = _block_sums(self._mesh, specs)
-        sums = np.asarray(self._sums(list(leaves.values())))
+        # Those of the host one by one: together they may not fit on the devices.
+        apart = [name for name in leaves if host.is_there(leaves[name])]
+        groups = [[name for name in leaves if name not in apart]]
+        groups += [[name] for name in apart]
         found = {}
-        for i, (name, spec) in enumerate(zip(leaves, specs, strict=True)):
-            if wrong := odd_ones(self._mesh, spec, sums[:, i]):
-                found[name] = wrong
+        for names in filter(None, groups):
+            found |= self._differing({name: leaves[name] for name in names})
         if found:
             raise RunError(_message(self._mesh, step, found))
+
+    def _differing(self, leaves: dict[str, jax.Array]) -> dict[str, list[int]]:
+        specs = tuple(leaf.sharding.spec for leaf in leaves.values())
+        sums = np.asarray(_block_sums(self._mesh, specs)(list(leaves.values())))
+        wrong = {
+            name: odd_ones(self._mesh, spec, sums[:, i])
+            for i, (name, spec) in enumerate(zip(leaves, specs, strict=True))
+        }
+        return {name: devices for name, devices in wrong.items() if devices}
 
 
 def _copies(sharding: NamedSharding) -> int:
@@ -89,7 +97,8 @@ def _axes(spec: P) -> list[str]:
     return [a for e in entries for a in (e if isinstance(e, tuple) else (e,))]
 
 
-def _block_sums(mesh: Mesh, specs: Sequence[P]):
+@functools.lru_cache(maxsize=16)
+def _block_sums(mesh: Mesh, specs: tuple[P, ...]):
     """The program: arrays -> (devices, leaves, 2) uint32, replicated.
 
     Row d is what device d of `mesh.devices.flat` has found in its own blocks.

@@ -12,6 +12,8 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 from moe_jax.errors import RunError
+from moe_jax.parallel import host
+from moe_jax.train import agreement
 from moe_jax.train.agreement import Agreement, odd_ones
 
 
@@ -47,25 +49,27 @@ def with_copies(array, changed):
         block = np.array(shard.data)
         if shard.device.id in changed:
             block.reshape(-1).view(np.uint32)[-1] ^= 1
-        pieces.append(jax.device_put(block, shard.device))
+        kind = array.sharding.memory_kind
+        place = jax.sharding.SingleDeviceSharding(shard.device, memory_kind=kind)
+        pieces.append(jax.device_put(block, place))
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, pieces)
 
 
 def test_equal_copies_agree(mesh):
     state = state_of(mesh)
-    agreement = of(mesh, state)
-    assert [s for s in range(1, 7) if agreement.due(s)] == [2, 4, 6]
-    agreement.check(2, state)
+    compared = of(mesh, state)
+    assert [s for s in range(1, 7) if compared.due(s)] == [2, 4, 6]
+    compared.check(2, state)
     assert not of(mesh, state, every=0).due(2)
     assert not of(mesh, {"own": state["own"]}).due(2), "nothing has a copy"
 
 
 def test_one_changed_copy_is_named(mesh):
     state = state_of(mesh)
-    agreement = of(mesh, state)
+    compared = of(mesh, state)
     state["all"] = with_copies(state["all"], {5})
     with pytest.raises(RunError) as caught:
-        agreement.check(4, state)
+        compared.check(4, state)
     message = str(caught.value)
     assert (
         message.startswith("step 4: copies") and "config.train.agree_every" in message
@@ -78,11 +82,31 @@ def test_one_changed_copy_is_named(mesh):
 def test_a_changed_copy_of_a_block(mesh):
     """Of the four devices with the second half of the experts, one differs."""
     state = state_of(mesh)
-    agreement = of(mesh, state)
+    compared = of(mesh, state)
     third = mesh.devices[2, 1].id
     state["experts"] = with_copies(state["experts"], {third})
     with pytest.raises(RunError, match=rf"experts: device {third} of \S+ process 0\n"):
-        agreement.check(2, state)
+        compared.check(2, state)
+
+
+def test_leaves_in_the_memory_of_the_host_come_one_by_one(mesh, monkeypatch):
+    away = NamedSharding(mesh, P("expert"), memory_kind=host.KIND)
+    state = state_of(mesh)
+    state["mu"], state["nu"] = (jax.device_put(np.ones((8, 6)), away) for _ in "mn")
+    program, together = agreement._block_sums, []
+
+    def noted(mesh, specs):
+        together.append(len(specs))
+        return program(mesh, specs)
+
+    monkeypatch.setattr(agreement, "_block_sums", noted)
+    compared = of(mesh, state)
+    compared.check(2, state)
+    assert together == [3, 1, 1]
+    state["nu"] = with_copies(state["nu"], {0})
+    assert host.is_there(state["nu"])
+    with pytest.raises(RunError, match=r"  nu: device 0 of \S+ process 0\n"):
+        compared.check(4, state)
 
 
 def test_a_missing_sum_is_found(mesh):
@@ -104,10 +128,10 @@ def test_a_missing_sum_is_found(mesh):
         return jax.jit(f)(w, x)
 
     state, x = state_of(mesh), jnp.arange(8.0)
-    agreement = of(mesh, state)
-    agreement.check(2, state_of(mesh, step(state["experts"], x, True)))
+    compared = of(mesh, state)
+    compared.check(2, state_of(mesh, step(state["experts"], x, True)))
     with pytest.raises(RunError) as caught:
-        agreement.check(2, state_of(mesh, step(state["experts"], x, False)))
+        compared.check(2, state_of(mesh, step(state["experts"], x, False)))
     line = next(s for s in str(caught.value).splitlines() if s.startswith("  "))
     # Four unlike copies of each half: no most are alike, so all eight are named.
     assert line.startswith("  experts: ") and line.count("device ") == 8

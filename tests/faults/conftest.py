@@ -71,6 +71,7 @@ class Runs:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "MOE_JAX_START_SECS": "60",
+            "MOE_JAX_HEARTBEAT_SECS": "30",
         }
         faults = fault if isinstance(fault, list) else [fault] if fault else []
         marks = {"process": 1, "once": f"{workdir}.fault"}

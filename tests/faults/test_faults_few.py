@@ -57,7 +57,7 @@ def test_killed_in_the_middle_of_a_save(runs, tmp_path):
         *(steps, every, NEWEST),
         processes=4,
         fault=fault,
-        options=[f"--restart={times + 5}"],
+        options=[f"--restart={times + 5}", "--backoff=0"],
         timeout=3500,
     )
     assert ended.status == 0, ended.output
@@ -94,13 +94,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(runs, quiet, tmp_path):
 def test_a_last_save_that_never_succeeds_is_no_success(runs, quiet, tmp_path):
     workdir = tmp_path / "run"
     fault = {"kind": "read_only", "phase": "save", "step": 9, "process": 1}
-    few = ("--config.checkpoint.retries=2",)
+    few = ("--config.checkpoint.retries=2", "--config.checkpoint.every=6")
     ended = runs.run(workdir, *few, fault=fault | {"secs": 1000})
     assert ended.status == 1, ended.output
-    said = r"step 10 failed: OSError.*Read-only.* of step 8.*in a row: 3 .*the run ends"
+    said = r"step 10 failed: OSError.*Read-only.* of step 6.*in a row: 3 .*the run ends"
     assert re.search(said, ended.output), ended.output
     ended = runs.run(workdir)
-    assert ended.status == 0 and "going on from step 8" in ended.output
+    assert ended.status == 0 and "going on from step 6" in ended.output
     assert runs.figures(workdir) == quiet
 
 

@@ -3,7 +3,7 @@
 `FAULT` holds JSON, a fault or a list of them:
   kind: a key of `KINDS`, or "clock" with `secs`, or "none".
   process: index of the one that it strikes; -1: all; "turns": another one each time.
-  phase: of `watchdog.PHASES`, or "connect": before anything.
+  phase: of `watchdog.PHASES`, or "connect": before the processes meet.
   step: from which on, where the phase has one.
   after: so many steps of an attempt.
   once: a file that is made, with numbers behind its name, when the fault strikes.
@@ -11,10 +11,12 @@
   coordinator: HOST:PORT that this process takes for it.
 """
 
+import builtins
 import ctypes
 import errno
 import importlib.abc
 import importlib.util
+import io
 import json
 import os
 import random
@@ -27,6 +29,7 @@ import time
 FAULTS = json.loads(os.environ.get("FAULT", "[]"))
 FAULTS = FAULTS if isinstance(FAULTS, list) else [FAULTS]
 INDEX = int(os.environ.get("MOE_JAX_PROCESS_ID", "0"))
+_CONNECT = "moe_jax.parallel.distributed"
 _WATCHDOG = "moe_jax.parallel.watchdog"
 
 
@@ -52,20 +55,24 @@ def no_large_files(fault):
 
 
 def read_only(fault):
-    """For some seconds nothing can be made in the folder of checkpoints."""
+    """For some seconds nothing can be changed in the folder of checkpoints."""
     until = time.monotonic() + fault.get("secs", 5)
 
-    def refuse(name, kept):
+    def refuse(module, name, changes=lambda *_, **__: True):
+        kept = getattr(module, name)
+
         def call(path, *rest, **named):
             inside = not isinstance(path, int) and "/checkpoints" in os.fsdecode(path)
-            if inside and time.monotonic() < until:
+            if inside and time.monotonic() < until and changes(*rest, **named):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
             return kept(path, *rest, **named)
 
-        setattr(os, name, call)
+        setattr(module, name, call)
 
-    for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
-        refuse(name, getattr(os, name))
+    for name in ("mkdir", "rename", "replace", "remove", "unlink", "rmdir"):
+        refuse(os, name)
+    for module in (builtins, io):
+        refuse(module, "open", lambda mode="r", *_, **__: set(mode) & set("wax+"))
 
 
 def poison(fault):
@@ -167,6 +174,19 @@ def strike(fault) -> None:
         return
 
 
+class First(importlib.abc.MetaPathFinder):
+    """Strikes as the module that connects is imported, not here: `site` goes on."""
+
+    def __init__(self, faults):
+        self._faults = faults
+
+    def find_spec(self, name, path, target=None):
+        if name == _CONNECT:
+            sys.meta_path.remove(self)
+            for fault in self._faults:
+                strike(fault)
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Has the watchdog's beats, which name every phase, pass by the faults."""
 
@@ -211,18 +231,17 @@ def skew_clock(secs: float) -> None:
 
 
 def begin() -> None:
-    waiting = []
+    first, waiting = [], []
     for fault in filter(is_here, FAULTS):
         if "coordinator" in fault:  # By way of a proxy.
             os.environ["MOE_JAX_COORDINATOR"] = fault["coordinator"]
         if fault["kind"] == "clock":
             skew_clock(fault["secs"])
-        elif fault["phase"] == "connect":
-            strike(fault)
         else:
-            waiting.append(fault)
-    if waiting:
-        sys.meta_path.insert(0, Finder(waiting))
+            (first if fault["phase"] == "connect" else waiting).append(fault)
+    for kind, faults in ((First, first), (Finder, waiting)):
+        if faults:
+            sys.meta_path.insert(0, kind(faults))
 
 
 if "MOE_JAX_PROCESS_ID" in os.environ:  # Not in the launcher.

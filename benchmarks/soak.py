@@ -74,6 +74,7 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "MOE_JAX_HEARTBEAT_SECS": "30",  # A stopped process is found in time.
         }
         with open(f"{self.workdir}.log", "ab") as log:
             self.launcher = subprocess.Popen(

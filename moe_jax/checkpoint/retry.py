@@ -8,9 +8,8 @@ for; it is the same step that is tried again.
 In a run of several processes all must leave out the same saves and try again after the
 same step. Each asks at every step (`due`); between the beginning of a save and its end
 they exchange at some of these steps three bits: still writing, failed, pause not over.
-A process learns of its own failure only, so a save has failed when all have ended and
-one of them in error. (Those that wait in Orbax for the one that failed come out of it
-after half of `config.checkpoint.watchdog_secs`; training goes on meanwhile.)
+A save has failed when all have ended and one of them in error; the failure of one ends
+the others' part (see `barriers.py`).
 """
 
 import socket
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax.checkpoint.barriers import ElsewhereError
 from moe_jax.checkpoint.failures import SaveError, reason
 from moe_jax.checkpoint.store import Checkpoints
 from moe_jax.config import CheckpointConfig
@@ -31,6 +31,9 @@ from moe_jax.errors import RunError
 _LONGEST_PAUSE = 600.0
 # Of several processes, between two saves: how often they exchange at most.
 _EXCHANGES = 20
+# Seconds between two looks at a save that is waited for.
+_GLANCE = 0.02
+_ELSEWHERE = reason(ElsewhereError())
 
 
 class Saver:
@@ -120,9 +123,10 @@ class Saver:
           wait: until it has ended, unless one process knows already that it failed.
           for_all: wait then too.
         """
-        running, failed, pausing = self._poll(self._writing_on())
-        if running and wait and (for_all or not failed):
-            running, failed, pausing = self._poll(running=False)
+        running, failed, pausing = self._poll()
+        while running and wait and (for_all or not failed):
+            time.sleep(_GLANCE)
+            running, failed, pausing = self._poll()
         if running:
             return False
         step, why = self._writing, self._why
@@ -141,12 +145,9 @@ class Saver:
     def _writing_on(self) -> bool:
         return self._writing >= 0 and not self._why and self._checkpoints.is_saving()
 
-    def _poll(self, running: bool) -> tuple[bool, bool, bool]:
-        """Of any process: it still writes, it failed, its pause is not over.
-
-        Args:
-          running: whether this one writes; where not, the end of its save is taken.
-        """
+    def _poll(self) -> tuple[bool, bool, bool]:
+        """Of any process: it still writes, it failed, its pause is not over."""
+        running = self._writing_on()
         if self._writing >= 0 and not self._why and not running:
             try:
                 self._checkpoints.wait()
@@ -172,8 +173,10 @@ class Saver:
         newest = "there is no checkpoint yet"
         if self._newest >= 0:
             newest = f"the newest checkpoint is that of step {self._newest}"
+        elsewhere = why in ("", _ELSEWHERE)
         text = (
-            f"saving step {step} failed: {why or 'in another process'}; {newest}. "
+            f"saving step {step} failed: "
+            f"{'in another process' if elsewhere else why}; {newest}. "
             f"Failures in a row: {self._failures} (config.checkpoint.retries="
             f"{self._config.retries})"
         )
@@ -182,7 +185,7 @@ class Saver:
         pause = self._config.retry_secs * 2 ** (self._failures - 1)
         pause = min(pause, _LONGEST_PAUSE)
         self._not_before = time.monotonic() + pause
-        if why or jax.process_index() == 0:
+        if not elsewhere or jax.process_index() == 0:
             _say(f"{text}; next try in {pause:g} s")
 
 

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoint import failures, folders, manifest, trees
+from moe_jax.checkpoint.barriers import Barriers, in_background
 from moe_jax.checkpoint.checksums import in_parts
 from moe_jax.checkpoint.failures import (
     DamagedError,
@@ -113,14 +114,11 @@ class Checkpoints:
         registry = ocp.handlers.local_registry()
         # Without this a dict would be stored as a tree of numbers.
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=_MANIFEST)
-        context = ocp.Context()
+        self._barriers = Barriers()
+        options = in_background(self._barriers, self._config.watchdog_secs)
+        context = ocp.Context(async_options=options)
         context.checkpointables.registry = registry
         context.pytree.loading.partial_load = True
-        if self._config.watchdog_secs:
-            # For processes that wait for another's part; before the watchdog does.
-            context.async_options.timeout_secs = max(
-                1, int(self._config.watchdog_secs / 2)
-            )
         try:
             self._manager = ocp.training.Checkpointer(
                 self._folder,
@@ -203,7 +201,8 @@ class Checkpoints:
 
     def is_saving(self) -> bool:
         """Whether a save goes on in the background."""
-        return self._pending is not None and self._manager.is_saving_in_progress()
+        begun = self._pending is not None and not self._barriers.broken
+        return begun and self._manager.is_saving_in_progress()
 
     def probe(self) -> str:
         """Why nothing can be written to the folder now, or ""."""

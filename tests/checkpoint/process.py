@@ -1,8 +1,12 @@
 """One of two processes: `process.py RANK PORT FOLDER`."""
 
 # ruff: noqa: I001
+import pathlib
+import resource
 import shutil
+import signal
 import sys
+import time
 
 import moe_jax  # noqa: F401  Before jax.
 import jax
@@ -11,6 +15,7 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint.failures import SaveError
 from moe_jax.config import CheckpointConfig
 
 RANK, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -28,6 +33,31 @@ def state(mesh: jax.sharding.Mesh, spec: P, scale: int) -> dict:
     }
 
 
+def fail(saver: Checkpoints, step: int, tree: dict, rank: int) -> None:
+    """One process cannot write its part: it hears of it at once; then it is saved."""
+    out = pathlib.Path(f"{FOLDER}.{step}")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    if RANK == rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    saver.save(step, tree, {})
+    try:
+        saver.wait()
+        raise AssertionError("no error")
+    except SaveError as error:
+        assert ("Errno" in str(error)) == (RANK == rank), error
+    if RANK == rank:
+        time.sleep(1)
+        assert not out.exists(), "it has waited for the other, which waits for it"
+    out.touch()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    jax.experimental.multihost_utils.sync_global_devices(f"free {step}")
+    assert step not in saver.steps()
+    saver.save(step, tree, {})
+    saver.wait()
+    assert step in saver.steps()
+
+
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -35,7 +65,9 @@ def main() -> None:
     auto = (AxisType.Auto, AxisType.Auto)
     wide = jax.make_mesh((8, 1), ("a", "b"), axis_types=auto)
     square = jax.make_mesh((4, 2), ("a", "b"), axis_types=auto)
-    saver = Checkpoints(FOLDER, CheckpointConfig(every=1, keep_last=3))
+    saver = Checkpoints(
+        FOLDER, CheckpointConfig(every=1, keep_last=3, watchdog_secs=20)
+    )
     for step in (1, 2):
         saver.save(step, state(wide, P("a"), step), {"position": step})
     saver.wait()
@@ -58,6 +90,8 @@ def main() -> None:
             leaf.addressable_shards, want[name].addressable_shards, strict=True
         ):
             np.testing.assert_array_equal(a.data, b.data)
+    fail(saver, 3, state(wide, P("a"), 3), rank=1)
+    fail(saver, 4, state(wide, P("a"), 4), rank=0)
     saver.close()
     print("fine", RANK)
 

@@ -1,4 +1,7 @@
-"""Two processes save and restore together, also when the newest step is damaged."""
+"""Two processes save and restore together, also when the newest step is damaged.
+
+And when one cannot write its part.
+"""
 
 import pathlib
 import socket
@@ -10,10 +13,11 @@ PROCESS = str(pathlib.Path(__file__).with_name("process.py"))
 
 @pytest.mark.multiprocess
 def test_two_processes(tmp_path, python):
+    folder = tmp_path / "checkpoints"
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    running = [python(PROCESS, str(rank), port, str(tmp_path)) for rank in (0, 1)]
+    running = [python(PROCESS, str(rank), port, str(folder)) for rank in (0, 1)]
     try:
         for rank, process in enumerate(running):
             output, errors = process.communicate(timeout=120)
@@ -22,4 +26,4 @@ def test_two_processes(tmp_path, python):
     finally:
         for process in running:
             process.kill()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "set_aside"]
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "3", "4", "set_aside"]

@@ -124,6 +124,22 @@ def test_another_process_that_failed(clock, monkeypatch, capsys):
         go(saver, [12], last=12)  # For the last it waits.
 
 
+def test_another_process_that_fails_while_this_one_waits(clock, monkeypatch, capsys):
+    """Training goes on though this one is in the save still."""
+    store = Store()
+    store.is_saving = lambda: store.writing is not None
+    saver = Saver(store, CheckpointConfig(every=4, retries=3, retry_secs=10))
+    assert go(saver, range(1, 5)) == [4]
+
+    def exchange(*bits):
+        failed = len(bits) > 1 and clock.slept > 1
+        return np.array([bits, (False, failed, False)[: len(bits)]])
+
+    monkeypatch.setattr(saver, "_exchange", exchange)
+    assert go(saver, range(5, 9)) == [] and store.writing == 4
+    assert 1 < clock.slept < 2
+
+
 def test_gives_up(clock):
     store = Store()
     store.broken = "end"

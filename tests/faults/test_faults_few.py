@@ -14,32 +14,33 @@ NEWEST = "--config.checkpoint.keep_last=2"
 
 
 def test_a_store_that_fails_is_waited_for_and_a_hung_process_ends(runs, tmp_path):
-    """A full disk at step 4; then process 1 hangs in its evaluation."""
+    """The disk is full at step 4; then process 1 hangs in the evaluation at the end."""
     workdir = tmp_path / "run"
     full = {"kind": "full", "phase": "save", "step": 4, "process": -1, "secs": 2}
-    hang = {"kind": "hang", "phase": "evaluate", "step": 100}
     ended = runs.run(
         workdir,
         "--config.eval.watchdog_secs=10",
-        "--config.eval.every=100",
-        "--config.train.steps=200",
-        fault=[full | {"once": f"{workdir}.full"}, hang],
+        "--config.eval.every=0",
+        # One process may write its part when the disk is free again, and waits for the
+        # other for half of it.
+        "--config.checkpoint.watchdog_secs=30",
+        fault=[full | {"once": f"{workdir}.full"}, {"kind": "hang", "phase": "finish"}],
         options=["--restart=0"],
     )
     output = ended.output
     assert ended.status == 3, output
-    said = r"WARNING: \S+ process 0: saving step 4 failed: OSError.* is that of step 2"
+    # That of step 2 may not have been whole.
+    said = r"WARNING: \S+ process \d: saving step [24] failed: \w+: .* checkpoint "
     assert re.search(said, output), output
     assert re.search(r"WARNING: .* is saved, after \d failures", output), output
-    said = (
-        r"watchdog: \S+ process 1: evaluating at step 100 has taken 1\d s, more than "
+    said = r"watchdog: \S+ process 1: the final evaluation at step 10 has taken 1\d s, "
+    assert re.search(said + r"more than 10 s \(config.eval.watchdog_secs\)", output), (
+        output
     )
-    assert re.search(said + r"10 s \(config.eval.watchdog_secs\)", output), output
-    assert ended.seconds_to("watchdog: ") < 60
+    assert ended.seconds_to("watchdog: ") < 30 * runs.slack
     steps = [line[0] for line in runs.figures(workdir)]
-    assert steps == list(range(1, len(steps) + 1)), "none is lost, the disk being full"
-    assert len(steps) >= 99
-    assert (workdir / "checkpoints" / "100").is_dir()
+    assert steps == list(range(1, 11)), "none is lost, the disk being full"
+    assert (workdir / "checkpoints" / "10").is_dir()
 
 
 @pytest.mark.soak

@@ -82,6 +82,10 @@ class MetricsFile:
         """Appends the figures of one step."""
         entry = {"step": int(step)} | jsonable(metrics)
         self._waiting += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, if that is possible."""
         try:
             self._flush()
         except OSError as error:

@@ -185,6 +185,8 @@ def _save(run: _Run, progress: Progress, last: bool) -> None:
     position = restore.data_position(run.parts, run.data, progress.step)
     beside = position | run.recorder.loads.saved()
     run.saver.save(progress.step, progress.state, beside, last=last)
+    if last:  # There may have been no space for its lines before.
+        run.recorder.flush()
     run.recorder.restart_clock()
 
 

@@ -106,12 +106,14 @@ class Recorder:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the metrics taken last, and records them.
+        """Waits for the metrics taken last, and records them and what waits for space.
 
         Raises:
           RunError: too many steps in a row were not finite.
         """
         if self._pending is None:
+            if self._file is not None:
+                self._file.flush()
             return
         step, metrics = self._pending
         self._pending = None

@@ -150,6 +150,8 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
     assert [line["step"] for line in writers.read_metrics(path)] == [1]
     assert capsys.readouterr().err.count("WARNING") == 1
     disk.room = 10**6
+    file.flush()
+    assert len(path.read_text().splitlines()) == 3
     file.write(4, {"loss": 4.0})
     assert [strict(line)["step"] for line in path.read_text().splitlines()] == [
         *(1, 2, 3, 4),

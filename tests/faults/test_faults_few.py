@@ -33,7 +33,9 @@ def test_a_store_that_fails_is_waited_for_and_a_hung_process_ends(runs, tmp_path
     said = r"WARNING: \S+ process \d: saving step [24] failed: \w+: .* checkpoint "
     assert re.search(said, output), output
     assert re.search(r"WARNING: .* is saved, after \d failures", output), output
-    said = r"watchdog: \S+ process \d: the final evaluation at step 10 has taken 1\d s, "
+    said = (
+        r"watchdog: \S+ process \d: the final evaluation at step 10 has taken 1\d s, "
+    )
     assert re.search(said + r"more than 10 s \(config.eval.watchdog_secs\)", output), (
         output
     )

@@ -37,7 +37,7 @@ def get_config() -> Config:
             ),
             tie_embeddings=False,
             dtype="bfloat16",
-            remat="attention+exchanges",
+            remat="attention+exchanges+projections",
         ),
         objective=NextToken(),
         data=DataConfig(source=PythonSource(), tokenizer=Bytes(), sequence_length=1024),

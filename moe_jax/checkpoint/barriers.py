@@ -60,11 +60,13 @@ class Barriers:
         # Orbax ends it in threads that do nothing else.
         begins = threading.current_thread() is threading.main_thread()
         failed = not begins and sys.exc_info()[1] is not None
-        self.broken = True  # Unless all is good in the end.
-        verdict = self._meet(failed, timeout_ms)
-        if verdict == _FAILED and not failed:
+        try:
+            self.broken = self._meet(failed, timeout_ms) == _FAILED
+        except jax.errors.JaxRuntimeError:
+            self.broken = True
+            raise
+        if self.broken and not failed:
             raise ElsewhereError
-        self.broken = verdict == _FAILED
 
     def _meet(self, failed: bool, timeout_ms: int) -> str:
         """The verdict of all, each of which counts its barriers."""

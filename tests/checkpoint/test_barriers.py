@@ -1,6 +1,7 @@
 """Barriers of four processes, as threads with a key-value store of their own."""
 
 import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -103,9 +104,15 @@ def full():
 def test_all_meet_save_after_save(save):
     met = [[] for _ in range(6)]
 
+    used = []
+
     def part(index, barrier):
+        used.append(barrier)
         for number, before in enumerate(met):
             before.append(index)
+            if index == number % PROCESSES:
+                time.sleep(0.1)
+                assert not any(b.broken for b in used), "those that wait are saving"
             barrier(key="any", timeout_ms=A_MINUTE)
             assert len(met[number]) == PROCESSES, "one is through before all came"
 

@@ -52,7 +52,7 @@ def full_disk(checkpoints: Checkpoints) -> None:
     for report in (checkpoints.wait, lambda: checkpoints.save(3, state_at(3), {})):
         try:
             checkpoints.save(2, state_at(2), {"position": 2})
-            while checkpoints._manager.is_saving_in_progress():
+            while checkpoints.is_saving():
                 pass
             report()
         except RunError as error:

@@ -102,9 +102,7 @@ def full():
 
 
 def test_all_meet_save_after_save(save):
-    met = [[] for _ in range(6)]
-
-    used = []
+    met, used = [[] for _ in range(6)], []
 
     def part(index, barrier):
         used.append(barrier)
